@@ -4,14 +4,14 @@
     python finetune_cls.py classify "You won a $1000 cash prize!"          the label and its probability
     python finetune_cls.py classify --file messages.txt > labels.jsonl     a message a line (also from stdin), in JSONL
     python finetune_cls.py evaluate --data more.tsv --part all             a trained classifier on other messages
-    python finetune_cls.py --data sms_spam --unique --init scratch --model tiny --context_length 160
+    python finetune_cls.py --data sms_spam --unique --init scratch --pooling mean --lm_weight 0.5 --token_dropout 0.2
     python finetune_cls.py --data sms_spam --balance --init gpt2 --train_layers last-block --context_length 120
 
 The language model's head, one score a token of the vocabulary, gives way to a linear layer with one score a class. It
 reads one vector a message: the last block's state at the message's last token (--pooling last), which has attended to
 all before it, or the mean over the message. The loss is the cross-entropy of the right class, in nats a message. Small
-data is learnt by heart soon; --lm_weight keeps the model predicting the messages' next tokens beside it, which holds
-that back (Radford et al. 2018, equation 5).
+data is learnt by heart soon. Two things hold that back: --lm_weight keeps the model predicting the messages' next
+tokens beside it (Radford et al. 2018, equation 5), and --token_dropout hides some of their tokens at each step.
 
 Reads label<TAB>text, .csv and .jsonl with `label` and `text` (any number of classes, any names), or a dataset's name.
 Equal messages (but for case and spaces) fall to the same part of the split, which depends on --seed alone. Writes into
@@ -75,6 +75,7 @@ class Config(Options):
                           "over it, or at the last position, which may be padding",
                           choices=("last", "first", "mean", "position"))
     lm_weight: float = option(0.0, "weight of the next-token loss beside the classification's", low=0)
+    token_dropout: float = option(0.0, "share of the tokens hidden from the model in training", low=0, high=0.9)
     lora_rank: int = option(0, "rank of low-rank adapters instead of training all weights, 0 = none", low=0)
     lora_alpha: float = option(32.0, "the adapters' product is multiplied by alpha / rank", low=0)
     lora_dropout: float = option(0.0, "dropout in front of the adapters", low=0, high=0.99)
@@ -495,6 +496,14 @@ def language_loss(states, ids, mask, language_head):
     return next_token_loss(F.linear(states[:, :-1], language_head), targets)
 
 
+def hide(ids, share, hidden_id):
+    """Return ids (B, T) of which each is `hidden_id` with probability `share`.
+
+    A message is still spam without some of its words, so no single one may be learnt by heart. Source: Iyyer et al.
+    2015, "Deep Unordered Composition Rivals Syntactic Methods", section 3 (word dropout)."""
+    return ids.masked_fill((torch.rand(ids.shape) < share).to(ids.device), hidden_id) if share else ids
+
+
 def evaluate_and_keep(run, model, tokenizer, made, parts, frozen, context):
     """Evaluate on the validation part and as many training messages, keep the best weights, log and draw it all."""
     found = {}
@@ -598,6 +607,9 @@ def train(config):
     context = autocast(config, device)
     model, tokenizer, made, parts, language_head = prepare(config, device)
     frozen = choose_trained(model, config)
+    if config.token_dropout and (frozen is not None or tokenizer.eot_id is None):
+        raise argparse.ArgumentError(None, "--token_dropout needs --train_layers all and a tokenizer with an "
+                                           "end-of-text token, which stands for what is hidden")
     run = Run(config, "classification")
     if summary := run.finished():
         return summary
@@ -623,7 +635,8 @@ def train(config):
             for piece in batch.chunk(config.accumulate):
                 ids, mask, cached = messages.batch(piece.tolist(), device)
                 with context:
-                    states = last_states(model, ids, cached, frozen)
+                    shown = hide(ids, config.token_dropout, tokenizer.eot_id)
+                    states = last_states(model, shown, cached, frozen)
                     logits = model.out_head(pool(states, mask, config.pooling))
                     loss = F.cross_entropy(logits.float(), messages.labels[piece].to(device), reduction="sum")
                     loss = loss / len(batch)  # 4. loss

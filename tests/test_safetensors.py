@@ -120,7 +120,7 @@ def test_a_malformed_file_is_refused_with_the_rule_that_it_breaks(what, tmp_path
     started = time.monotonic()
     with pytest.raises(ValueError, match=message) as caught:
         gpt.read_safetensors(path)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 1000
 
 
