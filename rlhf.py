@@ -319,7 +319,11 @@ class RewardModel(nn.Module):
     def forward(self, ids, mask=None):
         ids, _, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
         state = self.gpt.hidden(ids)[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.gain * self.head(state).squeeze(1) + self.bias
+        return self.score(state)
+
+    def score(self, states):
+        """Return the scores (...) of the states (..., C) of last tokens."""
+        return self.gain * self.head(states).squeeze(-1) + self.bias
 
     @torch.no_grad()
     def normalise(self, scores):
@@ -600,8 +604,8 @@ class Pair(NamedTuple):
 
     @property
     def length(self):
-        """The tokens of the longer of its two texts."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        """Its tokens, the prompt counted once."""
+        return sum(map(len, self))
 
 
 def encode_response(text, tokenizer, template):
@@ -779,11 +783,33 @@ def merged(run, model):
         unmerge_lora(model)
 
 
+def pair_states(model, rows, pad_id):
+    """Return (states (B, T, C), starts [(P, Q)]) of Pairs, each in one row: prompt, chosen answer, rejected answer.
+
+    The chosen answer begins in column P, the rejected one in column Q with the position of P; neither sees the other.
+    So every state is what it would be in a row of its own, and the prompt is computed once instead of twice."""
+    device, width = model.device, max(row.length for row in rows)
+    pads = [width - row.length for row in rows]
+    ids = torch.tensor([[*row.prompt, *row.chosen, *row.rejected, *[pad_id] * pad] for row, pad in zip(rows, pads)])
+    part = torch.tensor([[0] * len(row.prompt) + [1] * len(row.chosen) + [2] * len(row.rejected) + [3] * pad
+                         for row, pad in zip(rows, pads)], device=device)
+    starts = [(len(row.prompt), len(row.prompt) + len(row.chosen)) for row in rows]
+    positions = torch.tensor([[*range(Q), *range(P, P + len(row.rejected)), *[0] * pad]
+                              for row, pad, (P, Q) in zip(rows, pads, starts)], device=device)
+    seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    allowed = (seen & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None]
+    x = model.embed(ids.to(device), positions)
+    for block in model.trf_blocks:
+        x = block(x, allowed)
+    return model.final_norm(x), starts
+
+
 def pair_scores(model, rows, pad_id):
     """Return a reward model's scores ((B,), (B,)) of the chosen and the rejected answers of B Pairs."""
-    texts = [row.prompt + row.chosen for row in rows] + [row.prompt + row.rejected for row in rows]
-    ids, mask, _ = pack([[]] * len(texts), texts, pad_id, model.gpt.device)
-    return model(ids, mask).float().chunk(2)
+    states, starts = pair_states(model.gpt, rows, pad_id)
+    last = [(Q - 1, Q + len(row.rejected) - 1) for row, (_, Q) in zip(rows, starts)]
+    last = torch.tensor(last, device=states.device)[:, :, None].expand(-1, -1, states.shape[2])
+    return model.score(states.gather(1, last)).float().unbind(1)
 
 
 def in_pieces(rows, count):
@@ -827,7 +853,7 @@ def train_reward(config):
                     chosen, rejected = pair_scores(model, rows, tokenizer.eot_id)
                 loss = reward_loss(chosen, rejected) * share  # 4. loss
                 loss.backward()  # 5. backward
-                batch_loss, tokens = batch_loss + loss.item(), tokens + sum(2 * row.length for row in rows)
+                batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
@@ -1045,10 +1071,16 @@ def train_policy(config, stage):
 
 def pair_logprobs(model, rows, pad_id):
     """Return (chosen, rejected), (B,) each: the summed log-probabilities of both answers of B Pairs."""
-    answers = [row.chosen for row in rows] + [row.rejected for row in rows]
-    ids, mask, R = pack([row.prompt for row in rows] * 2, answers, pad_id, model.device)
-    logits = model.out_head(response_states(model, ids, mask, R))
-    return (token_scores(logits, ids[:, -R:])[0] * mask[:, -R:]).sum(1).chunk(2)
+    states, starts = pair_states(model, rows, pad_id)
+    summed = []
+    for side in ("chosen", "rejected"):
+        answers = [getattr(row, side) for row in rows]
+        ids, mask, R = pack([[]] * len(rows), answers, pad_id, model.device)
+        first = [P if side == "chosen" else Q for P, Q in starts]
+        before = torch.tensor([[P - 1, *range(at, at + R - 1)] for at, (P, _) in zip(first, starts)])
+        before = before.clamp(max=states.shape[1] - 1).to(model.device)[:, :, None].expand(-1, -1, states.shape[2])
+        summed.append((token_scores(model.out_head(states.gather(1, before)), ids)[0] * mask).sum(1))
+    return summed
 
 
 def pair_loss(model, start, rows, pad_id, config):
@@ -1090,7 +1122,7 @@ def train_dpo(config):
                     loss, _ = pair_loss(model, start, rows, tokenizer.eot_id, config)
                 loss = loss * share  # 4. loss
                 loss.backward()  # 5. backward
-                batch_loss, tokens = batch_loss + loss.item(), tokens + sum(2 * row.length for row in rows)
+                batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save

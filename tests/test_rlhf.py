@@ -286,6 +286,31 @@ def test_a_reward_models_score_ignores_padding_and_batch():
     assert not torch.allclose(model(torch.tensor([[1, 2, 3, 0]])), alone, atol=1e-3)
 
 
+def test_both_answers_of_a_pair_in_one_row_are_as_in_rows_of_their_own():
+    """Scores, log-probabilities and gradients of pairs that share their prompt equal those of separate rows."""
+    torch.manual_seed(0)
+    draw = lambda n: torch.randint(7, (n,)).tolist()  # noqa: E731
+    rows = [rlhf.Pair(draw(3 + i), draw(2 + i % 3) + [7], draw(5 - i % 4) + [7]) for i in range(5)]
+    model = RewardModel(toy(sharp=10).gpt).double()
+    scores, gradients = [], []
+    for separate in (False, True):
+        model.zero_grad()
+        if separate:
+            packed = [rlhf.pack([[]] * 5, [row.prompt + row[side] for row in rows], 0) for side in (1, 2)]
+            chosen, rejected = (model(ids, mask) for ids, mask, _ in packed)
+            packed = [rlhf.pack([row.prompt for row in rows], [row[side] for row in rows], 0) for side in (1, 2)]
+            logprobs = [(rlhf.token_scores(model.gpt.out_head(rlhf.response_states(model.gpt, ids, mask, R)), ids[:, -R:])[0]
+                         * mask[:, -R:]).sum(1) for ids, mask, R in packed]
+        else:
+            chosen, rejected = rlhf.pair_scores(model, rows, 0)
+            logprobs = rlhf.pair_logprobs(model.gpt, rows, 0)
+        scores.append(torch.stack([chosen, rejected, *logprobs]).double())
+        (scores[-1] * torch.tensor([[1.0], [-2.0], [0.5], [-0.3]])).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert torch.allclose(*scores, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
 def test_the_first_update_is_reinforce(drop_rate):
     """At the first pass every ratio is 1 to the bit, nothing is clipped, and the gradient is -sum(A grad logp) / n.
