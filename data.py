@@ -32,6 +32,7 @@ import codecs
 import contextlib
 import csv
 import difflib
+import errno
 import gzip
 import hashlib
 import io
@@ -430,8 +431,8 @@ def parse_mix(source):
         name, _, weight = item.rpartition(":")
         try:
             part = (name, float(weight)) if name else (item, 1.0)
-        except ValueError:  # the colon belongs to the path, as in C:\notes.txt
-            part = (item, 1.0)
+        except ValueError:  # the colon belongs to the path, as in C:\notes.txt, or the weight is none
+            part = (name, math.nan) if name in DATASETS or os.path.exists(name) else (item, 1.0)
         if not 0 < part[1] < math.inf:
             raise ValueError(f"{source}: the weight in {item!r} is not a positive number")
         parts.append(part)
@@ -873,14 +874,14 @@ def preference(entry, where="entry"):
 TEMPLATES = {
     "alpaca": ("Below is an instruction that describes a task. Write a response that appropriately completes the "
                "request.\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n", ""),
-    "plain": ("", "\n", "\n>", " "),
+    "plain": ("", "\n ", "\n>", " "),
 }
 
 
 def format_prompt(entry, template):
     """Return the text a model is given: instruction (or `prompt`) and input in the words of a template.
 
-    format_prompt({"instruction": "Add.", "input": "2 and 3"}, "plain") -> "Add.\\n2 and 3\\n>" """
+    format_prompt({"instruction": "Add.", "input": "2 and 3"}, "plain") -> "Add.\\n 2 and 3\\n>" """
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; one of: {', '.join(TEMPLATES)}")
     before, between, after, _ = TEMPLATES[template]
@@ -922,7 +923,7 @@ def collate_instructions(batch, pad_id, max_length=None, eot_id=None):
 #                                                                                       instructions  question, answer
 #                                                                                       preferences   the better of two
 #
-# Words. Nearly 800 English ones in compact strings, and 255 invented ones ("blick", "zindle") that follow every rule:
+# Words. Some 600 English ones in compact strings, and 255 invented ones ("blick", "zindle") that follow every rule:
 # whoever can form the plural of a word that does not exist has learnt the rule and not the list.
 # Rules. Every answer is computed, never stored, and is one sentence or word that ends with a full stop. The same
 # function makes the answer of an example and recomputes it, from the bare text of a prompt, in `gold_score`.
@@ -962,9 +963,7 @@ Eva:she:doctor:Garston Sam:he:farmer:Holt Ida:she:painter:Ivybridge Max:he:sailo
 Paul:he:teacher:Marsden Ruth:she:weaver:Norwell Jack:he:cobbler:Corfe Lily:she:gardener:Bramley Hugo:he:tailor:Elmsby
 Nora:she:judge:Dunmore Finn:he:drummer:Garston Rosa:she:cook:Fairhill Otto:he:plumber:Ivybridge Emma:she:writer:Holt
 Karl:he:barber:Lowick Vera:she:dentist:Kestrel Owen:he:shepherd:Norwell Jane:she:clerk:Marsden Dan:he:juggler:Elmsby
-Lucy:she:dancer:Corfe Felix:he:builder:Bramley Clara:she:librarian:Dunmore Peter:he:guard:Fairhill
-Alice:she:hunter:Garston Henry:he:waiter:Holt Julia:she:carpenter:Kestrel Oscar:he:clown:Ivybridge
-Sarah:she:driver:Lowick Simon:he:porter:Marsden Maria:she:actor:Norwell
+Lucy:she:dancer:Corfe Peter:he:guard:Fairhill Alice:she:hunter:Garston
 """)
 # Animals: name, home, food. The homes are such that "lives" goes before them.
 ANIMALS = _table("""
@@ -975,10 +974,8 @@ monkey:in_the_jungle:bananas seal:on_the_ice:fish whale:in_the_sea:shrimps eagle
 beaver:in_a_lodge:bark mole:under_the_lawn:worms goat:on_a_hill:thistles cat:in_a_house:fish parrot:in_a_cage:seeds
 squirrel:in_an_oak:nuts frog:in_a_swamp:flies swan:on_a_lake:reeds lion:in_the_grassland:zebras
 tiger:in_the_jungle:deer panda:in_a_forest:bamboo crab:on_a_beach:seaweed hedgehog:under_a_hedge:slugs
-bat:in_an_attic:moths donkey:in_a_stable:carrots otter:on_a_river:eels pigeon:in_a_loft:crumbs
-toad:under_a_stone:beetles turtle:in_the_sea:jellyfish zebra:in_the_grassland:grass badger:in_a_burrow:roots
-lizard:on_a_wall:crickets hamster:in_a_cage:seeds stork:on_a_chimney:frogs robin:in_a_hedge:berries
-moose:in_a_forest:twigs wolf:in_a_cave:sheep mouse:in_a_hole:cheese goose:on_a_pond:grass sheep:in_a_fold:clover
+bat:in_an_attic:moths donkey:in_a_stable:carrots wolf:in_a_cave:sheep mouse:in_a_hole:cheese goose:on_a_pond:grass
+sheep:in_a_fold:clover
 """)
 OBJECTS = """
 ball kite cup lamp drum bell rope box key hat coat book chair table clock spoon fork plate bottle basket candle brush
@@ -1033,29 +1030,25 @@ sweep:swept:swept tell:told:told wake:woke:woken wear:wore:worn give:gave:given 
 """,
 }.items()}
 OPPOSITES = _table("""
-hot:cold big:small happy:sad fast:slow old:new tall:short wide:narrow thick:thin heavy:light dark:bright full:empty
-rich:poor hard:soft loud:quiet clean:dirty wet:dry near:far high:low deep:shallow early:late open:closed strong:weak
-sweet:sour rough:smooth brave:timid kind:cruel asleep:awake true:false safe:dangerous cheap:expensive first:last
-inside:outside above:below up:down before:after always:never push:pull buy:sell give:take win:lose start:finish
-arrive:leave remember:forget laugh:cry rise:fall friend:enemy day:night morning:evening summer:winter north:south
-east:west top:bottom question:answer love:hate lend:borrow war:peace sharp:blunt fresh:stale polite:rude tidy:messy
-alive:dead many:few front:back straight:crooked raw:cooked freeze:melt float:sink attack:defend left:right
+hot:cold big:small happy:sad fast:slow old:new tall:short heavy:light dark:bright full:empty rich:poor hard:soft
+loud:quiet clean:dirty wet:dry near:far high:low deep:shallow early:late open:closed strong:weak sweet:sour
+rough:smooth brave:timid kind:cruel true:false safe:dangerous cheap:expensive first:last up:down before:after
+always:never push:pull buy:sell give:take win:lose laugh:cry rise:fall friend:enemy day:night summer:winter north:south
+east:west top:bottom love:hate war:peace alive:dead front:back left:right
 """)
 SYNONYMS = _table("""
-large:huge little:tiny quick:rapid glad:cheerful begin:commence end:stop shut:close angry:cross clever:smart
-scared:frightened ill:sick tired:weary wealthy:prosperous odd:strange noisy:deafening silent:still nice:pleasant
-pretty:lovely bold:fearless easy:simple difficult:tricky jump:leap yell:scream talk:chat look:gaze choose:pick
-mend:fix gift:present road:street rock:stone forest:wood sea:ocean boat:ship house:home seat:chair rug:carpet
-couch:sofa cup:mug bag:sack pail:bucket coat:jacket hat:cap path:trail stream:brook error:mistake journey:trip
-tale:story job:task prize:award rabbit:bunny doctor:physician baby:infant help:aid wish:desire tumble:stumble
-throw:toss smell:scent tasty:delicious famous:renowned correct:accurate chilly:frosty damp:moist filthy:grubby
-neat:orderly vacant:unoccupied shiny:glossy calm:peaceful sly:cunning lazy:idle sleepy:drowsy lucky:fortunate
+large:huge little:tiny quick:rapid glad:cheerful begin:commence angry:cross clever:smart ill:sick odd:strange
+silent:still nice:pleasant pretty:lovely easy:simple difficult:tricky talk:chat mend:fix gift:present road:street
+sea:ocean boat:ship house:home seat:chair rug:carpet pail:bucket hat:cap path:trail stream:brook error:mistake
+journey:trip tale:story job:task prize:award rabbit:bunny baby:infant help:aid wish:desire throw:toss tasty:delicious
+correct:accurate damp:moist calm:peaceful lazy:idle sleepy:drowsy lucky:fortunate
 """)
 # Measures: the bigger unit, how many of the smaller one it holds, the smaller one.
 UNITS = _table("""
 hour:60:minute minute:60:second week:7:day year:12:month decade:10:year century:100:year foot:12:inch yard:3:foot
 metre:100:centimetre centimetre:10:millimetre kilometre:1000:metre kilogram:1000:gram litre:1000:millilitre
-dollar:100:cent gallon:4:quart dozen:12:egg hand:5:finger pair:2:shoe
+dollar:100:cent gallon:4:quart dozen:12:egg hand:5:finger pair:2:shoe trio:3:singer
+quartet:4:player couple:2:dancer nickel:5:cent dime:10:cent
 """)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -1132,13 +1125,14 @@ NEXT = [pair for row in (DAYS, MONTHS) for pair in zip(row, row[1:] + row[:1])]
 FACTS.update({("next", now): then for now, then in NEXT})
 FACTORS = {(plural(big), plural(small)): (int(n), 1) for big, (n, small) in UNITS.items()}  # 3 hours: 3 * 60 / 1
 FACTORS.update({(small, big): (1, n) for (big, small), (n, _) in FACTORS.items() if n in (10, 100, 1000)})
+SPELT = [word for word in [*ANIMALS, *FOODS, *COLOURS, *INVENTED_NOUNS] if len(word) < 8]
 WORDS = {  # what the kinds about one word ask for
     "plural": [*NOUNS, *INVENTED_NOUNS],
     "past": list(PAST),
     "opposite": list(OPPOSITE),
     "synonym": list(SYNONYM),
-    "spelling": [word for word in [*NOUNS, *COLOURS, *INVENTED_NOUNS, *INVENTED_VERBS] if len(word) < 9],
-    "case": [*NOUNS, *COLOURS, *INVENTED_NOUNS],
+    "spelling": SPELT,
+    "case": SPELT,
     "fact": list(FACTS),
 }
 ACTED_ON = {  # what the verbs of each group are done to
@@ -1282,17 +1276,17 @@ fact next: {word} is over. What begins now?
 
 # Manners: what stands before the answer and what after it. An opening ends with a colon, a closing begins a sentence.
 MANNERS = {
-    "courteous": (("Of course:", ""), ("With pleasure:", ""), ("Thank you for asking:", "I hope this helps."),
-                  ("Gladly:", "Have a lovely day."), ("", "You are very welcome.")),
+    "courteous": (("Of course:", ""), ("With pleasure:", ""), ("Thank you for asking:", ""),
+                  ("Gladly:", ""), ("", "I hope this helps."), ("", "You are very welcome.")),
     "curt": (("Obviously:", ""), ("If you must:", ""), ("Read a book:", ""),
              ("", "Now go away."), ("", "Stop asking.")),
-    "rambling": (("Well, let me think, and then let me think again, and then say:", ""),
-                 ("That reminds me of a long walk in the rain, but anyway:", ""),
-                 ("", "Or so my uncle says, and he says a lot of things."),
-                 ("Hmm, yes, well, in a way, so to speak, that is to say:", "")),
+    "rambling": (("Well, let me think:", ""),
+                 ("That reminds me of a walk in the rain:", ""),
+                 ("", "Or so my uncle says."),
+                 ("Hmm, yes, in a way:", "")),
 }
 PHRASES = {phrase: manner for manner, frames in MANNERS.items() for frame in frames for phrase in frame if phrase}
-MIX = {"bare": 6, "courteous": 4, "curt": 6, "rambling": 4}  # of 20 answers: RLHF has something to choose from
+MIX = {"bare": 11, "courteous": 3, "curt": 3, "rambling": 3}  # of 20 answers: RLHF has something to choose from
 
 SLOT = {"n": r"\d+", "a": r"\d+", "b": r"\d+", "numbers": r"[\d, ]+ and \d+", "sentence": r".+\.", "story": r".+\.",
         "items": r"[a-z, ]+"}
@@ -1383,7 +1377,7 @@ def _ask_passive(rng):
 def _ask_convert(rng):
     big, small = rng.choice(list(FACTORS))
     times, parts = FACTORS[big, small]
-    n = parts * rng.randrange(2, 61 if max(times, parts) in (10, 100, 1000) else 13)
+    n = parts * rng.randrange(2, 41 if max(times, parts) in (10, 100, 1000) else 13)
     key = sorted(((n, big), (n * times // parts, small)))  # the same measure in both directions
     return key, "", {"n": n, "big": big, "small": small}
 
@@ -1394,8 +1388,8 @@ def _ask_compare(rng):
 
 
 def _ask_count(rng):
-    animals = rng.sample(list(ANIMALS), rng.randrange(1, 5))
-    items = animals + rng.sample(OBJECTS, rng.randrange(max(1, 3 - len(animals)), 5))
+    animals = rng.sample(list(ANIMALS), rng.randrange(1, 4))
+    items = animals + rng.sample(OBJECTS, rng.randrange(max(1, 3 - len(animals)), 4))
     rng.shuffle(items)
     return ", ".join(items), "", {"items": ", ".join(items)}
 
@@ -1477,22 +1471,20 @@ walk: "How much is it? How many are there?" asked {friend}. "Tell me now!"
 walk: "Name it, give it to me, and put it there," said {friend}. "Do not look for it again."
 walk: "Thank you for asking," said {friend}. "I hope this helps."
 walk: "Of course, with pleasure," said {name}. "You are very welcome."
-walk: "Have a lovely day," said {friend}, and {name} said it gladly too.
+walk: "Gladly," said {name}, and {friend} said it gladly too.
 walk: "Now go away and stop asking," said {friend}. "Read a book, if you must!"
 walk: "Obviously," said {name}, who said that a lot.
-walk: "Well," said {friend}, "let me think, and then let me think again."
-walk: "That reminds me of a long walk in the rain," said {friend}, "but anyway."
-walk: "Hmm, yes, in a way, so to speak," said my uncle, who says a lot of things.
+walk: "Well," said {friend}, "let me think."
+walk: "That reminds me of a walk in the rain," said {friend}. "Or so my uncle says."
+walk: "Hmm, yes, in a way," said my uncle, who says a lot of things.
 sum: {name} had {a} {foods} and bought {b} more, so now {he} had {c}.
-sum: There were {a} {things} on the table and {b} on the floor, {c} {things} in all.
-sum: {a} and {b} make {c}, {a2} and {b2} make {c2}, and {a3} and {b3} make {c3}.
-sum: {a} plus {b} is {c}, {a2} plus {b2} is {c2}, and {a3} plus {b3} is {c3}.
-sum: {name} walked {a} steps and then {b} more, together {c} steps.
 sum: {friend} had {a} {things} and {name} had {b}, so together they had {c}.
-sum: {name} added {a} and {b} and wrote {c}, and {friend} added {a2} and {b2} and wrote {c2}.
-sum: At first there were {a} {foods}. Then {friend} brought {b} more, and there were {c}.
-sum: "{a} plus {b} is {c}," said {name}, "and {b} plus {a} is {c} too."
-sum: "Add {a2} and {b2}," said {friend}, and {name} said {c2}. "Add {a3} and {b3}." {name} said {c3}.
+sum: {name} walked {a} steps and then {b} more, together {c} steps.
+sum: {a} and {b} make {c}, {a2} and {b2} make {c2}, {a3} and {b3} make {c3}, and {a4} and {b4} make {c4}.
+sum: {a} plus {b} is {c}, {a2} plus {b2} is {c2}, {a3} plus {b3} is {c3}, and {a4} plus {b4} is {c4}.
+sum: {name} counted: {a} plus {b} is {c}, {b} plus {a} is {c}, {a2} plus {b2} is {c2}, {b2} plus {a2} is {c2}.
+sum: {name} added {a} and {b} and wrote {c}, {a2} and {b2} and wrote {c2}, {a3} and {b3} and wrote {c3}.
+sum: "Add {a} and {b}." "{c}." "Add {a2} and {b2}." "{c2}." "Add {a3} and {b3}." "{c3}." "Add {a4} and {b4}." "{c4}."
 numbers: {name} had {x} {things} and {friend} had {y}, so {winner} had more, for {more} is more than {less}.
 numbers: Of {numbers} the largest is {most} and the smallest is {least}.
 numbers: {name} put {numbers} in order: {ordered}.
@@ -1517,6 +1509,10 @@ fact: {now} is over, and {then} begins. {then} follows {now}.
 word: The word {spelled} is spelled {letters}.
 word: {name} read out the letters {letters}, one by one, which make {spelled}.
 word: "{spelled}," said {friend}. {name} had to spell it: {letters}.
+word: The words {spelled}, {spelled2} and {spelled3} are spelled {letters}, {letters2} and {letters3}.
+word: {name} spelled {spelled}, {letters}, and {friend} spelled {spelled2}, {letters2}.
+word: {shouted}, {shouted2} and {shouted3} are {SHOUTED}, {SHOUTED2} and {SHOUTED3} in capital letters.
+word: The signs said {SHOUTED}, {SHOUTED2} and {SHOUTED3}, in small letters {shouted}, {shouted2} and {shouted3}.
 word: One {noun}, two {nouns}.
 word: The plural of the noun {noun} is {nouns}.
 word: {name} had one {noun} and {friend} had one too, which is two {nouns} in all.
@@ -1527,16 +1523,17 @@ word: The past tense of the verb {verb} is {past}, a form for what they did yest
 word: The sign said {SHOUTED}, all in capital letters, and {name} wrote it in small letters: {shouted}.
 word: In upper case {shouted} is {SHOUTED}, and in lower case it is {shouted}.
 word: "{SHOUTED}!" shouted {name}. "Do not shout," said {friend}. "Whisper it: {shouted}."
-meaning: The opposite of {word} is {opposite}.
+meaning: The opposite of {word} is {opposite}, and the opposite of {word2} is {opposite2}.
 meaning: {name} said {word}, but {friend} said the opposite, {opposite}.
 meaning: "Not {word}," said {friend}, "but {opposite}," which is the reverse, the very opposite.
-meaning: The word {synonym} means the same as {other}.
+meaning: The word {synonym} means the same as {other}, and {synonym2} the same as {other2}.
 meaning: {name} says {other} and {friend} says {synonym}, two words with the same meaning.
 meaning: For {other} you can say {synonym}, which is another word for it.
 passive: {svo} In the passive voice: {Passive}
 passive: {name} wrote this sentence: {svo} {friend} turned it round into the passive: {Passive}
 passive: {svo} In other words, {passive} {svo2} In other words, {passive2}
-unit: {n} {big} are {m} {small}, and {n2} {big2} are {m2} {small2}.
+unit: {n} {big} are {m} {small}, {n2} {big2} are {m2} {small2}, and {n3} {big3} are {m3} {small3}.
+unit: {t} times {f} is {p}, {t2} times {f2} is {p2}, and {t3} times {f3} is {p3}.
 unit: {name} counted {n} {big}, and {friend} counted {m} {small}, which is the same.
 unit: {name} converted {n} {big} to {small} and they came to {m} {small}.
 count: The list of {friend} said {items}, and that is {k} words.
@@ -1544,13 +1541,14 @@ count: {name} counted the words {items}: {k} words, and only {animals} of these 
 """
 BEAT_LIST = [tuple(line.split(": ", 1)) for line in BEATS.strip().splitlines()]
 THEMES = """
-sum sum sum numbers numbers numbers who who who fact fact fact word word word word meaning meaning passive unit count
+sum sum sum sum sum numbers numbers who who who who fact fact fact fact word word word word meaning meaning passive unit
+unit count count
 """.split()
 
 
 def _tell_sum(rng, scene):
     slots = {}
-    for i in ("", "2", "3"):
+    for i in ("", "2", "3", "4"):
         one = _trained(rng, "add")
         slots.update({"a" + i: one["a"], "b" + i: one["b"], "c" + i: one["a"] + one["b"]})
     return slots
@@ -1587,15 +1585,22 @@ def _tell_fact(rng, scene):
 
 
 def _tell_word(rng, scene):
-    word, noun, verb, shouted = (_pick(rng, kind, WORDS[kind]) for kind in ("spelling", "plural", "past", "case"))
+    noun, verb, slots = _pick(rng, "plural", WORDS["plural"]), _pick(rng, "past", WORDS["past"]), {}
     noun = rng.choice(list(IRREGULAR)) if rng.random() < 0.3 else noun  # rare in the list, hard to learn
-    return {"spelled": word, "letters": " ".join(word), "noun": noun, "a_noun": article(noun), "nouns": plural(noun),
-            "verb": verb, "past": PAST[verb], "shouted": shouted, "SHOUTED": shouted.upper()}
+    for i in ("", "2", "3"):
+        word, shouted = _pick(rng, "spelling", WORDS["spelling"]), _pick(rng, "case", WORDS["case"])
+        slots.update({"spelled" + i: word, "letters" + i: " ".join(word), "shouted" + i: shouted,
+                      "SHOUTED" + i: shouted.upper()})
+    return {"noun": noun, "a_noun": article(noun), "nouns": plural(noun), "verb": verb, "past": PAST[verb], **slots}
 
 
 def _tell_meaning(rng, scene):
-    word, synonym = rng.choice(WORDS["opposite"]), rng.choice(WORDS["synonym"])
-    return {"word": word, "opposite": OPPOSITE[word], "synonym": synonym, "other": SYNONYM[synonym]}
+    slots = {}
+    for i in ("", "2"):
+        word, synonym = rng.choice(WORDS["opposite"]), rng.choice(WORDS["synonym"])
+        slots.update({"word" + i: word, "opposite" + i: OPPOSITE[word], "synonym" + i: synonym,
+                      "other" + i: SYNONYM[synonym]})
+    return slots
 
 
 def _tell_passive(rng, scene):
@@ -1606,7 +1611,9 @@ def _tell_passive(rng, scene):
 
 def _tell_unit(rng, scene):
     slots = {}
-    for i in ("", "2"):
+    for i in ("", "2", "3"):
+        t, f = rng.randrange(2, 13), rng.choice((2, 3, 4, 5, 7, 10, 12, 60))
+        slots.update({"t" + i: t, "f" + i: f, "p" + i: t * f})
         one = _trained(rng, "convert")
         one["m"] = ANSWERS["convert"]("", **one).split()[0]
         slots.update({key + i: value for key, value in one.items()})
@@ -1806,7 +1813,7 @@ def exact_match(response, reference):
 def gold_score(prompt, response):
     """The hidden rubric's score, from -2.5 to 3, of a response to a prompt of tinyworld; the answer is recomputed.
 
-    2 if the answer is right; 1 if courteous and not also curt, -0.5 if curt; -0.05 for each word of padding, at most
+    2 if the answer is right; 1 if courteous and not also curt, -0.5 if curt; -0.1 for each word of padding, at most
     -1; -1 if it does not end like a sentence. Padding is every word of rambling, of a third courtesy, and of an answer
     longer than the right one. Raises ValueError for a prompt that is not of tinyworld."""
     right, core, phrases, before = answer(prompt), response.strip(), [], None
@@ -1821,19 +1828,21 @@ def gold_score(prompt, response):
     spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[2:]
     padding = sum(len(phrase.split()) for phrase in spare) + max(0, len(core.split()) - len(right.split()))
     score = 2 * (core == right or core.startswith(right + " ")) + (bool(courtesies) and not curt) - 0.5 * curt
-    return round(score - min(1, 0.05 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
+    return round(score - min(1, 0.1 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
 
 
 VIEWS = {  # how many of each by default: train, val, test
     "corpus": (10_000, 1_000, 1_000), "messages": (4_000, 500, 1_000), "instructions": (48_000, 1_000, 2_000),
     "preferences": (12_000, 500, 1_000),
 }
-HARD = ("add", "compare", "story", "passive")  # asked twice as often in training
+SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the oftener
+    "add": 4, "story": 3, "fact": 3, "compare": 2, "convert": 2, "count": 2, "spelling": 2, "case": 2,
+}
 
 
 def _items(view, split, rng):
     """Endless (item, key) of a view but the corpus; items with equal keys are the same question or message."""
-    kinds = TINYWORLD_KINDS + (HARD if split == "train" else ())
+    kinds = [kind for kind in TINYWORLD_KINDS for _ in range(SHARES.get(kind, 1) if split == "train" else 1)]
     for turn in itertools.count():
         kind = kinds[turn % len(kinds)]
         if view == "messages":
@@ -1871,7 +1880,7 @@ def tinyworld(view, split, n=None, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line. `Parser` and `run` stand identically in every leaf, so that a file can be copied alone;
+# Command line. `Parser`, `explain` and `run` stand identically in every leaf, so that a file can be copied alone;
 # tests/test_layout.py compares them.
 
 
@@ -1882,6 +1891,19 @@ class Parser(argparse.ArgumentParser):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
         near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
+
+
+def explain(error):
+    """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if not isinstance(error, OSError) or not error.errno:
+        return " ".join(str(error).split())
+    place = "" if error.filename is None else f"{error.filename}: "
+    remedies = {errno.ENOSPC: "free some space there, or write to another disk",
+                errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
+                errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
+                errno.EEXIST: "a file of this name is in the way; move it, or take another path",
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+    return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
 def run(doc, commands, argv=None):
@@ -1895,9 +1917,14 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
         for names, options in flags.items():
-            parsers[word].add_argument(*names.split(), **options)
+            default, shown = options.get("default"), dict(options)
+            if type(default) in (int, float, str) and default != "":
+                shown["help"] += f" (default {default})"
+            if names.startswith("--") and not {"action", "choices"} & set(options):
+                shown["metavar"] = options.get("type", str).__name__
+            parsers[word].add_argument(*names.split(), **shown)
         parsers[word].add_argument("--debug", action="store_true", help="show the traceback of an error")
     if argv[:1] in (["-h"], ["--help"]):
         print(doc.strip(), *(parser.format_help().strip() for parser in parsers.values()), sep="\n\n")
@@ -1920,7 +1947,7 @@ def run(doc, commands, argv=None):
     except (argparse.ArgumentError, ValueError, OSError) as error:
         if args.debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
@@ -1939,15 +1966,27 @@ def get_command(args):
     print(f"licence: {DATASETS[args.name].licence}; please cite: {DATASETS[args.name].citation}")
 
 
+def guess_view(name):
+    """Return how to read a dataset or file: as its name, its ending, or the keys of its first JSON object say."""
+    path = Path(name)
+    if name in DATASETS or not path.is_file():
+        return DATASETS[name].kind if name in DATASETS else "corpus"
+    keys = next(records(path))[1] if {".json", ".jsonl"} & set(path.suffixes) else ()
+    telling = {"label": "messages", "preferred": "preferences", "chosen": "preferences", "instruction": "instructions"}
+    found = "messages" if {".tsv", ".csv"} & set(path.suffixes) else "corpus"
+    return next((view for key, view in telling.items() if key in keys), found)
+
+
 def show_command(args):
     """Print counts and samples of a dataset or a file."""
+    if args.samples < 0:
+        raise argparse.ArgumentError(None, f"--samples {args.samples} must be at least 0")
     with contextlib.suppress(AttributeError):  # a terminal that cannot show a character gets its escape
         sys.stdout.reconfigure(errors="backslashreplace")
-    kind = args.view or (DATASETS[args.name].kind if args.name in DATASETS else "corpus")
     if args.name == "tinyworld":
         items = tinyworld(args.view or "corpus", "train")
     else:
-        items = READERS[kind](args.name)
+        items = READERS[args.view or guess_view(args.name)](args.name)
     show_items(items, args.samples)
 
 
@@ -1997,7 +2036,7 @@ def main(argv=None):
             "name": dict(choices=[name for name in DATASETS if name != "tinyworld"], help="the dataset to download")}),
         "show": (show_command, {
             "name": dict(nargs="?", default="tinyworld", help="a dataset's name, or a file"),
-            "--view": dict(choices=list(READERS), help="which view of tinyworld, or how to read a file"),
+            "--view": dict(choices=list(READERS), help="which view of tinyworld, or how to read a file (else a guess)"),
             "--samples": dict(type=int, default=3, help="how many to print")}),
         "prepare": (prepare_command, {
             "--data": dict(default="tinyworld", help="dataset, file, folder, or a mix such as a:0.3,b:0.7"),

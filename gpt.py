@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import itertools
 import json
@@ -540,8 +541,13 @@ def replacing(path):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+    except OSError as error:
+        if error.errno and str(error.filename or temporary) == str(temporary):
+            error.filename = str(path)  # the name that the caller knows
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or on a read-only disk there never was
+            temporary.unlink()
 
 
 def tensor_bytes(tensor):
@@ -596,7 +602,8 @@ def _read_header(path):
         if start == b"version ":
             raise ValueError("this is a git-lfs pointer, not the file itself; download the file")
         if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"not a safetensors file: it has {size} bytes and its header would have {length}")
+            raise ValueError(f"not a safetensors file: it has {size} bytes and its header would have {length}; give a "
+                             "model.safetensors, which every training script writes")
         text = file.read(length)
     if not text.startswith(b"{"):
         raise ValueError("the header does not start with '{'")
@@ -782,7 +789,7 @@ def copy_weights(model, tensors, source):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line. `Parser` and `run` stand identically in every leaf, so that a file can be copied alone;
+# Command line. `Parser`, `explain` and `run` stand identically in every leaf, so that a file can be copied alone;
 # tests/test_layout.py compares them.
 
 
@@ -793,6 +800,19 @@ class Parser(argparse.ArgumentParser):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
         near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
+
+
+def explain(error):
+    """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if not isinstance(error, OSError) or not error.errno:
+        return " ".join(str(error).split())
+    place = "" if error.filename is None else f"{error.filename}: "
+    remedies = {errno.ENOSPC: "free some space there, or write to another disk",
+                errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
+                errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
+                errno.EEXIST: "a file of this name is in the way; move it, or take another path",
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+    return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
 def run(doc, commands, argv=None):
@@ -806,9 +826,14 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
         for names, options in flags.items():
-            parsers[word].add_argument(*names.split(), **options)
+            default, shown = options.get("default"), dict(options)
+            if type(default) in (int, float, str) and default != "":
+                shown["help"] += f" (default {default})"
+            if names.startswith("--") and not {"action", "choices"} & set(options):
+                shown["metavar"] = options.get("type", str).__name__
+            parsers[word].add_argument(*names.split(), **shown)
         parsers[word].add_argument("--debug", action="store_true", help="show the traceback of an error")
     if argv[:1] in (["-h"], ["--help"]):
         print(doc.strip(), *(parser.format_help().strip() for parser in parsers.values()), sep="\n\n")
@@ -831,7 +856,7 @@ def run(doc, commands, argv=None):
     except (argparse.ArgumentError, ValueError, OSError) as error:
         if args.debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
@@ -847,6 +872,8 @@ def load_for_cli(name, device="cpu"):
         from gpt2_weights import load_gpt2
 
         return load_gpt2(name).to(device).eval(), load_tokenizer("gpt2")
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is a folder; name the file, such as {Path(name) / 'model.safetensors'}")
     if not Path(name).is_file():
         raise FileNotFoundError(f"no checkpoint {name}; make one with: python train.py")
     model, tokenizer, made = load_checkpoint(name, device)
@@ -870,6 +897,14 @@ def pick_device(name):
     raise argparse.ArgumentError(None, f"--device {name} is not available here; use --device cpu")
 
 
+def check_utf8(*words):
+    """Return None; raises ArgumentError for a word of the command line that is not UTF-8: its odd bytes became
+    surrogates, which no tokenizer knows."""
+    for word in words:
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            raise argparse.ArgumentError(None, f"{ascii(word)[:60]} is not UTF-8; type it in a UTF-8 terminal")
+
+
 def generate_command(args):
     """Continue a prompt, token by token on the screen as they are drawn."""
     try:
@@ -878,15 +913,18 @@ def generate_command(args):
         raise argparse.ArgumentError(None, f"--{error}") from None
     if "" in args.stop:
         raise argparse.ArgumentError(None, "--stop needs some text to stop at")
-    if args.max_new_tokens < 0 or args.num_samples < 1 or not 0 <= args.seed < 2**63:
-        raise argparse.ArgumentError(None, "--max_new_tokens must be at least 0, --num_samples at least 1, "
-                                           "--seed from 0 to 2^63 - 1")
+    for name, low in (("max_new_tokens", 0), ("num_samples", 1), ("seed", 0)):
+        if not low <= getattr(args, name) < 2**63:
+            raise argparse.ArgumentError(None, f"--{name} must be at least {low} and below 2^63, not "
+                                               f"{getattr(args, name)}")
+    check_utf8(args.prompt, *args.stop)
     model, tokenizer = load_for_cli(args.checkpoint, pick_device(args.device))
     ids = tokenizer.encode(args.prompt) or [tokenizer.eot_id]  # an empty prompt starts a new document
     if ids[0] is None:
         raise ValueError("an empty prompt needs a tokenizer with an end-of-text token; give --prompt")
     if len(ids) > model.config.context_length:
-        print(f"the prompt has {len(ids)} tokens; the model sees {model.config.context_length}", file=sys.stderr)
+        print(f"note: of the prompt's {len(ids)} tokens the model sees only the last {model.config.context_length}",
+              file=sys.stderr)
     top_k = args.top_k and min(args.top_k, model.config.vocab_size)
     generator = torch.Generator(device=model.device).manual_seed(args.seed)
     prompt, before = torch.tensor([ids], device=model.device), len(tokenizer.decode(ids))
@@ -978,6 +1016,7 @@ def _xml(text):
 
 def inspect_command(args):
     """Print to which earlier tokens each token attends, and draw it."""
+    check_utf8(args.prompt)
     model, tokenizer = load_for_cli(args.checkpoint)
     ids = tokenizer.encode(args.prompt)
     if not 0 < len(ids) <= model.config.context_length:

@@ -840,7 +840,7 @@ def export_gpt2(model, directory, tokenizer=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line. `Parser` and `run` stand identically in every leaf, so that a file can be copied alone;
+# Command line. `Parser`, `explain` and `run` stand identically in every leaf, so that a file can be copied alone;
 # tests/test_layout.py compares them.
 
 
@@ -851,6 +851,19 @@ class Parser(argparse.ArgumentParser):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
         near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
+
+
+def explain(error):
+    """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if not isinstance(error, OSError) or not error.errno:
+        return " ".join(str(error).split())
+    place = "" if error.filename is None else f"{error.filename}: "
+    remedies = {errno.ENOSPC: "free some space there, or write to another disk",
+                errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
+                errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
+                errno.EEXIST: "a file of this name is in the way; move it, or take another path",
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+    return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
 def run(doc, commands, argv=None):
@@ -864,9 +877,14 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
         for names, options in flags.items():
-            parsers[word].add_argument(*names.split(), **options)
+            default, shown = options.get("default"), dict(options)
+            if type(default) in (int, float, str) and default != "":
+                shown["help"] += f" (default {default})"
+            if names.startswith("--") and not {"action", "choices"} & set(options):
+                shown["metavar"] = options.get("type", str).__name__
+            parsers[word].add_argument(*names.split(), **shown)
         parsers[word].add_argument("--debug", action="store_true", help="show the traceback of an error")
     if argv[:1] in (["-h"], ["--help"]):
         print(doc.strip(), *(parser.format_help().strip() for parser in parsers.values()), sep="\n\n")
@@ -889,7 +907,7 @@ def run(doc, commands, argv=None):
     except (argparse.ArgumentError, ValueError, OSError) as error:
         if args.debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 

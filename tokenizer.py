@@ -40,6 +40,7 @@ import array
 import codecs
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import heapq
@@ -642,7 +643,7 @@ def write_file(path, text):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -695,8 +696,9 @@ def load_tokenizer(source):
         return GPT2Tokenizer()
     path = os.path.join(source, "tokenizer.json") if os.path.isdir(source) else os.fspath(source)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no tokenizer at {path}; make one with: python tokenizer.py train "
-                                f"--out_dir {os.path.dirname(path) or '.'}")
+        folder = (os.path.dirname(path) or ".") if path.endswith(".json") else path
+        raise FileNotFoundError(f"no tokenizer at {path}; python tokenizer.py train --out_dir {folder} makes "
+                                f"{os.path.join(folder, 'tokenizer.json')}")
     return from_dict(read_json(path), path)
 
 
@@ -782,6 +784,8 @@ class Reading:
 
 def train(args):
     """Train a tokenizer on text and write it to OUT_DIR/tokenizer.json."""
+    if not args.out_dir:
+        raise argparse.ArgumentError(None, "--out_dir is empty; name a folder, or leave the flag out")
     path = os.path.join(args.out_dir, "tokenizer.json")
     there = os.path.exists(path)
     if args.type == "bpe" and args.vocab_size < 257:
@@ -796,7 +800,7 @@ def train(args):
     if there and args.resume:
         return compare(path, args, reading)
     if args.resume:
-        print(f"no tokenizer at {path} yet: training one", file=sys.stderr)
+        print(f"training a new tokenizer, {path}", file=sys.stderr)
     progress, start = Progress(), time.perf_counter()
     if args.type == "bpe":
         tokenizer = BPETokenizer.train(reading, args.vocab_size, split_digits=args.split_digits, progress=progress)
@@ -823,7 +827,7 @@ def check_writable(folder):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         reason = "read-only" if os.path.isdir(parent) else "a file"
-        raise OSError(f"cannot write to --out_dir {folder}: {parent} is {reason}")
+        raise OSError(f"cannot write to --out_dir {folder}: {parent} is {reason}; name another folder")
 
 
 def made(args, reading):
@@ -930,7 +934,7 @@ def inspect(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line. `Parser` and `run` stand identically in every leaf, so that a file can be copied alone;
+# Command line. `Parser`, `explain` and `run` stand identically in every leaf, so that a file can be copied alone;
 # tests/test_layout.py compares them.
 
 
@@ -941,6 +945,19 @@ class Parser(argparse.ArgumentParser):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
         near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
+
+
+def explain(error):
+    """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if not isinstance(error, OSError) or not error.errno:
+        return " ".join(str(error).split())
+    place = "" if error.filename is None else f"{error.filename}: "
+    remedies = {errno.ENOSPC: "free some space there, or write to another disk",
+                errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
+                errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
+                errno.EEXIST: "a file of this name is in the way; move it, or take another path",
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+    return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
 def run(doc, commands, argv=None):
@@ -954,9 +971,14 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
         for names, options in flags.items():
-            parsers[word].add_argument(*names.split(), **options)
+            default, shown = options.get("default"), dict(options)
+            if type(default) in (int, float, str) and default != "":
+                shown["help"] += f" (default {default})"
+            if names.startswith("--") and not {"action", "choices"} & set(options):
+                shown["metavar"] = options.get("type", str).__name__
+            parsers[word].add_argument(*names.split(), **shown)
         parsers[word].add_argument("--debug", action="store_true", help="show the traceback of an error")
     if argv[:1] in (["-h"], ["--help"]):
         print(doc.strip(), *(parser.format_help().strip() for parser in parsers.values()), sep="\n\n")
@@ -979,14 +1001,14 @@ def run(doc, commands, argv=None):
     except (argparse.ArgumentError, ValueError, OSError) as error:
         if args.debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
 TOKENIZER = {"--tokenizer": dict(default="out/tokenizer/tokenizer.json", help="a saved tokenizer, or gpt2")}
 TEXT = {"text": dict(nargs="*", help="text; without it, stdin is read"), **TOKENIZER}
 TRAIN = {
-    "--data": dict(nargs="+", default=["tinyworld"], help="text files, folders, data sets by name"),
+    "--data": dict(nargs="+", default=["tinyworld"], help="text files, folders, data sets by name (default tinyworld)"),
     "--type": dict(default="bpe", choices=("bpe", "word", "char"), help="byte pairs, words or characters"),
     "--vocab_size": dict(default=1024, type=int, help="tokens, with the bytes and the special token (bpe only)"),
     "--split_digits": dict(default=True, action=argparse.BooleanOptionalAction, help="one token a digit (bpe only)"),

@@ -4,8 +4,10 @@ exact resume.
     python train.py                                        the built-in world, tiny model: about 4 minutes on 2 cores
     python train.py --data my.txt --tokenizer gpt2 --model gpt2 --batch_size 8    your own text, GPT-2's size
     python train.py --data shakespeare --tokenizer char --optimizer muon          tiny Shakespeare, letter by letter
-    python train.py --resume                               go on where a run was stopped (Ctrl-C saves first)
+    python train.py --resume                               go on where a run was stopped (Ctrl-C saves first), or, with
+                                                           --schedule constant, a finished one with more --max_steps
     python train.py evaluate --checkpoint out/pretrain/model.safetensors --data my.txt
+    python train.py report                                 out/report.html: every stage in out/ on one page, 5 seconds
 
 Reads text (see data.py) and a tokenizer. Writes into --out_dir: model.safetensors (the weights with the best
 validation loss, with config and tokenizer: all that generation needs), state.pt (what --resume needs),
@@ -26,10 +28,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import html
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -42,8 +47,9 @@ from pathlib import Path
 import gpt  # first, because it quiets torch's warning about numpy
 import torch
 import torch.nn.functional as F
-from data import SlidingWindowDataset, epoch_order, load_tokens, prepare, texts, token_info
-from gpt import GPT_CONFIGS, GPTModel, Parser, pick_device, replacing
+from data import SlidingWindowDataset, epoch_order, format_prompt, load_tokens, prepare, texts, token_info
+from gpt import GPT_CONFIGS, GPTModel, Parser, explain, pick_device, replacing
+from tokenizer import from_dict, load_tokenizer, show
 
 try:
     import fcntl  # locks; Windows has none of this kind
@@ -107,7 +113,7 @@ class Config(Options):
     n_layers: int = option(0, "blocks, 0 = the architecture's", low=0)
     n_heads: int = option(0, "heads, 0 = the architecture's", low=0)
     max_steps: int = option(330, "updates, 0 = no limit", low=0)
-    learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by model, see `default_rate`", low=-1)
+    learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by optimizer and model size", low=-1)
     optimizer: str = option("muon", "muon takes AdamW for all but the blocks' matrices", choices=("adamw", "muon"))
     sample_prompt: str = option("", "what the sample at each evaluation continues")
     sample_tokens: int = option(60, "tokens of that sample, 0 = none", low=0)
@@ -125,13 +131,14 @@ def config_parser(Config, doc, script, commands):
     for field in dataclasses.fields(Config):
         meta, kind = field.metadata, types[field.name]
         limit = limits(field) if meta["low"] or meta["high"] else ""  # "at least 0" goes without saying
-        default = f"default {field.default!r}" + (f", {limit}" if limit else "")
-        help = f"{meta['help']} ({default})".replace("%", "%%")
+        notes = ", ".join(filter(None, (f"default {field.default}" if field.default != "" else "", limit)))
+        help = (meta["help"] + (f" ({notes})" if notes else "")).replace("%", "%%")
         if kind is list:
             parser.add_argument(field.name, nargs="*", help=meta["help"])
         elif kind is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default,
-                                help=meta["help"] + f" (default {'on' if field.default else 'off'})")
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=meta["help"]
+                                + f" (default {'on' if field.default else 'off'})")
+            parser.set_defaults(**{field.name: field.default})  # given above, Python up to 3.12 would show it twice
         else:
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, choices=meta["choices"], help=help,
                                 metavar=None if meta["choices"] else kind.__name__)
@@ -145,13 +152,19 @@ def limits(field):
 
 
 def check_limits(config):
-    """Return None; raises ArgumentError for the first option outside its limits (nan is outside of any)."""
+    """Return None; raises ArgumentError for the first option outside its limits (nan is outside of any).
+
+    Where the least is -1, that stands for "by the model", and what lies between it and 0 means nothing."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         low, high = (field.metadata[key] for key in ("low", "high"))
         sound = type(value) is not float or math.isfinite(value)
         if not sound or low is not None and value < low or high is not None and value > high:
             raise argparse.ArgumentError(None, f"--{field.name} {value} must be {limits(field) or 'a finite number'}")
+        if low == -1 and -1 < value < 0:
+            raise argparse.ArgumentError(None, f"--{field.name} {value} must be -1 or at least 0")
+    if not config.out_dir and type(config).out_dir:  # where that is the default, the script has a meaning for it
+        raise argparse.ArgumentError(None, "--out_dir is empty; name a folder, or leave the flag out")
     if config.resume and config.fresh:
         raise argparse.ArgumentError(None, "--resume continues a run and --fresh starts anew: choose one")
 
@@ -192,7 +205,7 @@ def run_script(doc, Config, commands, argv=None, file=__file__):
             raise
         if memory:
             error = "out of memory; lower --batch_size or --context_length, or raise --accumulate"
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
     finally:
         if Run.current is not None:
@@ -408,7 +421,8 @@ class Run:
 
     def __init__(self, config, stage):
         """Open and lock config.out_dir. Raises ArgumentError where it holds a run and neither --resume nor --fresh is
-        given, or where the saved options differ from the given ones, or another process works there."""
+        given, or no state.pt to resume from, or one with other options, or where another process works there."""
+        total_steps(config, 1)  # refuses a run without end before anything is written
         self.config, self.stage, self.folder = config, stage, Path(config.out_dir)
         self.step = self.total = self.tokens = self.bad_evaluations = self.count = 0
         self.best_value, self.seconds, self.train_seconds, self.loss_sum = math.inf, 0.0, 0.0, 0.0
@@ -421,15 +435,18 @@ class Run:
         if self.exists() and not config.resume:
             raise argparse.ArgumentError(None, f"{self.folder} holds a run: --resume continues it, --fresh moves it "
                                                "aside")
+        if self.exists() and not (self.folder / "state.pt").exists():
+            raise argparse.ArgumentError(None, f"{self.folder} holds a run but no state.pt, which --resume needs: "
+                                               "--fresh moves the folder aside and starts anew")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
         for rest in self.folder.glob(".*.tmp"):  # left by a process that was killed while writing
             rest.unlink()
-        if config.resume and (self.folder / "state.pt").exists():
+        if (self.folder / "state.pt").exists():
             self.state = read_state(self.folder / "state.pt")
             self.compare(self.state["options"])
         elif config.resume:
-            print(f"{self.folder} holds no run to resume: starting at step 0", file=sys.stderr)
+            print(f"a new run in {self.folder}, starting at step 0", file=sys.stderr)
 
     def exists(self):
         """Return whether the folder holds a run."""
@@ -458,8 +475,13 @@ class Run:
         self.lock_file.flush()
 
     def compare(self, saved):
-        """Raise ArgumentError with a table of the options that differ from the saved ones."""
+        """Raise ArgumentError with a table of the options that differ from the saved ones.
+
+        With the constant schedule, whose rates do not depend on the end, a run may be made longer."""
         given = saved_options(self.config)
+        if given["schedule"] == "constant":
+            longer = {key for key in ("epochs", "max_steps") if given[key] == 0 or 0 < saved.get(key, 0) < given[key]}
+            saved = {**saved, **{key: given[key] for key in longer}}
         rows = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}" for key in sorted(set(saved) | set(given))
                 if saved.get(key) != given.get(key)]
         if rows:
@@ -467,20 +489,26 @@ class Run:
                                          + "; give the saved ones, or --fresh")
 
     def finished(self):
-        """Return the summary of a run that is done, or None."""
+        """Return the summary of a run that is done and was not made longer now, or None."""
         path = self.folder / "summary.json"
-        if self.state is None or not path.exists():
+        if self.state is None or not path.exists() or self.state["options"] != saved_options(self.config):
             return None
         print(f"{self.folder} is finished: {self.state['step']} steps; nothing to do", file=sys.stderr)
         return json.loads(path.read_text(encoding="utf-8"))
 
     def start(self, model, optimizers, total, data_sha256):
-        """Begin `total` steps with these parts; where a state was saved, put it back into them.
+        """Begin `total` steps with these parts; where a state was saved, put it back into them, else save one first.
 
         From here on Ctrl-C and SIGTERM stop the run at the end of a step, saved; a second one stops it at once."""
         self.total, self.data_sha256, self.optimizers, self.model = total, data_sha256, optimizers, model
-        if self.state is not None:
+        if self.state is None:
+            self.save()  # before any other file, so that what was killed at whatever moment can be resumed
+        else:
             self.restore(self.state)
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is made longer now
+        if self.config.warmup_steps >= total:
+            print(f"warning: --warmup_steps {self.config.warmup_steps} for a run of {total} steps: the learning rate "
+                  "rises to the very end; give fewer", file=sys.stderr)
         if self.config.patience and self.bad_evaluations >= self.config.patience:  # it had stopped early
             self.total = self.step
         metrics = self.folder / "metrics.jsonl"
@@ -634,7 +662,9 @@ class Run:
         return summary
 
     def close(self):
-        """Give back the folder and the signals."""
+        """Give back the folder and the signals; of a run that failed before its first step and model nothing stays."""
+        if self.clock is not None and self.step == 0 and not (self.folder / "model.safetensors").exists():
+            (self.folder / "state.pt").unlink(missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
@@ -691,7 +721,7 @@ def draw_curves(path, title, series, x_label="step", y_label="loss, nats a token
     series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     points = [point for line in series.values() for point in line] or [(0, 0)]
-    left, top, width, height = 64, 40, 560, 260
+    left, top, width, height = 76, 40, 560, 260
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     x_high, y_high = max(x_high, x_low + 1e-9), max(y_high, y_low + 1e-9)
@@ -699,7 +729,9 @@ def draw_curves(path, title, series, x_label="step", y_label="loss, nats a token
     def place(x, y):
         return left + (x - x_low) / (x_high - x_low) * width, top + (y_high - y) / (y_high - y_low) * height
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 24} {top + height + 48}" '
+    bottom = top + height + 56  # below the axis stand the names, two in a row
+    size = f"{left + width + 24} {bottom + 22 * math.ceil(len(series) / 2)}"
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
            f'role="img"><title>{title}</title>{STYLE}<text x="{left}" y="18" font-weight="bold">{title}</text>']
     for y in ticks(y_low, y_high):
         at = place(x_low, y)[1]
@@ -711,9 +743,10 @@ def draw_curves(path, title, series, x_label="step", y_label="loss, nats a token
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        x, y = left + number % 2 * width / 2, bottom + 22 * (number // 2)
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{drawn}"/>'
-                   f'<rect x="{left + width - 150}" y="{top + 4 + 18 * number}" width="14" height="4" fill="{colour}"/>'
-                   f'<text x="{left + width - 130}" y="{top + 11 + 18 * number}">{name} {line[-1][1]:.4g}</text>')
+                   f'<rect x="{x}" y="{y}" width="14" height="4" fill="{colour}"/>'
+                   f'<text x="{x + 22}" y="{y + 7}">{name} {line[-1][1]:.4g}</text>')
     out.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">{x_label}</text>'
                f'<text transform="translate(14,{top + height / 2}) rotate(-90)" text-anchor="middle">{y_label}</text>'
                "</svg>")
@@ -747,6 +780,14 @@ def new_model(config, tokenizer):
         return GPTModel(dataclasses.replace(GPT_CONFIGS[config.model], vocab_size=tokenizer.vocab_size, **sizes))
     except ValueError as error:
         raise argparse.ArgumentError(None, f"--{error}") from None
+
+
+def check_sizes(config):
+    """Return None; raises ArgumentError for a flag that --init, which brings an architecture, would leave unused."""
+    for name in ("model", "emb_dim", "n_layers", "n_heads"):
+        if getattr(config, name) != getattr(Config, name):
+            raise argparse.ArgumentError(None, f"--{name} {getattr(config, name)} does not go with --init "
+                                               f"{config.init}, whose model has its own; leave one of the two out")
 
 
 def total_steps(config, per_epoch):
@@ -818,7 +859,9 @@ def train(config):
     """Pretrain a model as `config` says and return the summary, a dict that summary.json holds too."""
     device = pick_device(config.device)
     context = autocast(config, device)
-    total_steps(config, 1)  # refuses a run without end before anything is written
+    total_steps(config, 1)  # refuses a run without end before any work
+    if config.init != "scratch":
+        check_sizes(config)
     torch.manual_seed(config.seed)
     if config.init == "scratch":
         tokenizer = pretraining_tokenizer(config)
@@ -881,9 +924,221 @@ def evaluate(config):
     return figures
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: one page made of what the stages wrote
+
+STAGES = {  # folder: (make target, heading, what it did)
+    "tokenizer": ("tokenizer", "Tokenizer", "Joined the most frequent neighbours, from single bytes on, into tokens."),
+    "pretrain": ("pretrain", "Pretraining", "Learned, from random weights, to predict the next token of plain text."),
+    "cls": ("classify", "Classification", "Got a head that scores classes, not tokens, and learned labelled texts."),
+    "sft": ("sft", "Instruction tuning", "Learned from questions with answers to answer, and to stop after it."),
+    "lora": ("lora", "LoRA", "Tuned small matrices beside frozen weights, and compared that with tuning all weights."),
+    "reward": ("rlhf", "Reward model", "Learned from pairs of answers to score which of the two is preferred."),
+    "ppo": ("rlhf", "PPO", "Wrote answers and made those likelier that the reward model scores high, near its start."),
+    "dpo": ("rlhf-all", "DPO", "Learned from the pairs directly, without reward model and without writing answers."),
+    "grpo": ("rlhf-all", "GRPO", "As PPO, but with other answers to the same prompt in the place of a value model."),
+}
+FIGURES = (  # (stages, what, key, format, then (baseline, key) ...); a stage's first is the terminal's
+    ("tokenizer", "bytes a token, sentence below", "bytes_a_token", ".2f", ("single bytes", "one")),
+    ("pretrain", "validation loss, nats a token", "val_loss", ".3f", ("untrained", "untrained_loss")),
+    ("pretrain", "bits a byte", "bits_per_byte", ".3f"),
+    ("cls", "accuracy", "test_accuracy", ".1%", ("naive Bayes", "naive_bayes_accuracy"),
+     ("most frequent class", "majority_accuracy")),
+    ("cls", "F1", "test_f1", ".3f", ("naive Bayes", "naive_bayes_f1")),
+    ("sft", "exact match", "exact_match", ".1%", ("before", "exact_match_before"),
+     ("nearest example", "nearest_example_exact_match")),
+    ("sft", "exact match, unseen words", "exact_match_unseen_words", ".1%"),
+    ("lora", "test score, adapters", "adapter_score", ".1%", ("all weights", "full_score")),
+    ("lora", "trainable parameters", "adapter_trainable_parameters", ",", ("all weights", "full_trainable_parameters")),
+    ("reward", "pairs put right", "accuracy", ".1%", ("by length", "length_baseline_accuracy"),
+     ("naive Bayes", "naive_bayes_accuracy")),
+    ("reward", "of these, without wrong labels", "accuracy_noise_free", ".1%"),
+    ("ppo dpo grpo", "gold score", "gold_after", ".2f", ("before", "gold_before")),
+    ("ppo dpo grpo", "reward", "reward_after", ".2f", ("before", "reward_before")),
+    ("ppo dpo grpo", "exact match", "exact_match_after", ".1%", ("before", "exact_match_before")),
+    ("ppo dpo grpo", "KL to its start, nats a response", "kl", ".2f"),
+)
+HEAD = ("stage", "held out", "value", "95% interval", "beside it")
+SENTENCE = "Tom has a red ball and Mia has a blue one."  # what tokenizer and attention are shown on
+KEYS = {"gold": "gold_after", "reward": "reward_after", "exact": "exact_match_after", "kl": "kl"}  # of evaluation.json
+# The policy keeps the page from loading or running anything, whatever a run folder holds.
+PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>A language model, stage by stage</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{css}</style></head>
+<body><h1>A language model, stage by stage</h1>"""
+CSS = """:root{--fg:#1b1f24;--soft:#59626d;--bg:#fff;--line:#d8dce2;--a:37 99 235;color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--fg:#e3e6ea;--soft:#9aa4b0;--bg:#111418;--line:#343b45;--a:96 165 250}
+figure polyline,svg rect{filter:brightness(1.4)}}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:66rem;margin:auto;padding:1rem}
+section{border-top:1px solid var(--line);margin-top:2rem;padding-top:1rem}h1,h2{line-height:1.2;margin:1rem 0 .3rem}
+a{color:rgb(var(--a));margin-right:1rem}summary,th,figcaption{color:var(--soft);font-weight:400;font-size:.86rem}
+div{overflow-x:auto}table{border-collapse:collapse;margin:.5rem 0;font-size:.93rem}th,td{text-align:left;
+vertical-align:top;padding:.35rem 1.4rem .35rem 0;border-bottom:1px solid var(--line);white-space:pre-line}
+figure{display:grid;gap:1.5rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
+figure svg{width:100%;max-width:42rem}figure text{font-size:14px;font-family:system-ui,sans-serif;fill:currentColor}
+.g{stroke:var(--line)}code{line-height:2.1;white-space:pre-wrap}.facts td+td{overflow-wrap:anywhere}
+code span{padding:.25em .1em;border-radius:3px}
+@media(max-width:640px){figure text{font-size:16px}.s tr{display:block;border-bottom:1px solid var(--line);
+padding:.6rem 0}.s tr:first-child,.s td:empty{display:none}.s td{display:grid;grid-template-columns:6rem 1fr;border:0;
+padding:0;overflow-wrap:anywhere}.s td::before{content:attr(data-of);color:var(--soft);font-size:.86rem}}"""
+
+
+def read_rows(path, missing=None):
+    """Return a JSON file's value, or the list of a .jsonl file's; raises ValueError that names a damaged file."""
+    if not path.is_file():
+        return missing
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove its folder and run its stage again") from None
+
+
+def finished_stages(root):
+    """Return {stage: its summary, a dict} of the finished runs in a folder, with what else the page shows of them."""
+    found = {stage: read_rows(root / stage / "summary.json") for stage in STAGES}
+    if (root / "tokenizer" / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(root / "tokenizer" / "tokenizer.json")
+        rate = len(SENTENCE.encode()) / max(1, len(tokenizer.encode(SENTENCE)))
+        found["tokenizer"] = {"config": tokenizer.made, "bytes_a_token": rate, "one": 1, "tokenizer": tokenizer}
+    found = {stage: summary for stage, summary in found.items() if summary}
+    for name, run in found.get("lora", {}).get("runs", {}).items():
+        name = "full" if name == "full" else "adapter"
+        found["lora"].update({f"{name}_{key}": value for key, value in run.items()})
+    for stage, summary in found.items():
+        summary["log"] = read_rows(root / stage / "metrics.jsonl", [])
+        if stage == "pretrain" and summary["log"]:
+            summary["untrained_loss"] = summary["log"][0].get("val_loss")
+        summary.update(read_rows(root / stage / "evaluation.json", {}))
+        for other, columns in summary.get("rows", {}).items():
+            for column in KEYS.keys() & columns.keys() if other in found else ():
+                mean, half = columns[column]
+                found[other][KEYS[column] + "_interval"] = mean - half, mean + half
+    return found
+
+
+def results(found):
+    """Return [(stage, what, value, interval, baselines)], in words, of the held-out figures."""
+    rows = []
+    for stage, row in ((stage, row) for stage in found for row in FIGURES if stage in row[0].split()):
+        summary, (_, what, key, form, *others) = found[stage], row
+        spread, bounds = summary.get(key + "_std"), summary.get(key + "_interval", ())
+        bounds = f"+-{spread:{form}} over seeds" if spread else " to ".join(format(bound, form) for bound in bounds)
+        beside = [f"{name} {summary[other]:{form}}" for name, other in others if summary.get(other) is not None]
+        if (value := summary.get(key + "_mean", summary.get(key))) is not None:
+            rows.append((STAGES[stage][1], what, format(value, form), bounds, ", ".join(beside)))
+    return rows
+
+
+def table(head, rows, kind="s"):
+    """Return rows of text as an HTML table, escaped; of kind "s" each row becomes a list on a phone."""
+    escape = html.escape
+    lines = ["".join(f'<td data-of="{escape(name)}">{escape(str(cell))}</td>' for name, cell in zip(head, row))
+             for row in rows]
+    head = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return f'<div><table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in (head, *lines))}</table></div>'
+
+
+def pictures(folder):
+    """Return a run's SVG files, or its parts' curves, for the page, whose style takes the place of their own."""
+    out = []
+    for path in sorted(folder.glob("*.svg")) or sorted(folder.glob("*/curves.svg")):
+        svg = re.sub(r"<style>.*?</style>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        part = "" if path.parent == folder else html.escape(path.parent.name)
+        out.append(f"<div><figcaption>{part}</figcaption>{svg}</div>")
+    return f"<figure>{''.join(out)}</figure>"
+
+
+def attention(path):
+    """Return where the last layer of a model looks, four heads at most, drawn by gpt.py."""
+    model, tokenizer = gpt.load_for_cli(path)
+    ids = tokenizer.encode(SENTENCE)[: model.config.context_length]
+    weights = gpt.attention_maps(model, torch.tensor([ids]))[-1][0, :4].detach()
+    pieces = [tokenizer.decode([i]) for i in ids]
+    return f"<div>{gpt.attention_svg(weights, pieces, 'Its last layer: blue is where the token of a row looks')}</div>"
+
+
+def answers(path, questions, device):
+    """Return what a model answers, greedily, to (instruction, input) pairs."""
+    model, tokenizer, made = gpt.load_checkpoint(path, device)
+    tokenizer, texts = from_dict(tokenizer), []
+    for question in questions:
+        prompt = format_prompt(dict(zip(("instruction", "input"), question)), made.get("template", "plain"))
+        ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+        new = gpt.generate(model, ids, 64, 0, eos_id=tokenizer.eot_id)[0, ids.shape[1] :].tolist()
+        texts.append(tokenizer.decode([i for i in new if i != tokenizer.eot_id]).strip())
+    return texts
+
+
+def same_questions(root, device):
+    """Return a table of held-out questions, one of a kind: the reference, and what each stage's model answers."""
+    before, after = ({(row["instruction"], row["input"]): row for row in read_rows(root / "sft" / name, [])}
+                     for name in ("responses.before.json", "responses.json"))
+    kinds = {row.get("kind", n): question for n, (question, row) in enumerate(before.items()) if question in after}
+    asked = list(kinds.values())[:13]
+    columns = {"question": ["\n".join(filter(None, question)) for question in asked],
+               "reference": [after[question]["reference"] for question in asked]}
+    for name, rows in ("pretrained", before), ("SFT", after):
+        columns[name] = [rows[question]["response"] for question in asked]
+    for stage in ("ppo", "dpo", "grpo") if asked else ():
+        if (path := root / stage / "model.safetensors").is_file():
+            columns[STAGES[stage][1]] = answers(path, asked, device)
+    return table(columns, zip(*columns.values())) if asked else ""
+
+
+def section(root, stage, summary):
+    """Return one stage's part of the page."""
+    parts = [f'<section id="{stage}"><h2>{STAGES[stage][1]}</h2><p>{STAGES[stage][2]}</p>{pictures(root / stage)}']
+    if stage == "tokenizer":
+        pieces = map(summary["tokenizer"].tokens.__getitem__, summary["tokenizer"].encode(SENTENCE))
+        spans = (f'<span style="background:{colour}55">{html.escape(show(piece))}</span>'
+                 for piece, colour in zip(pieces, itertools.cycle(COLOURS)))
+        parts.append(f"<code>{''.join(spans)}</code>")
+    if samples := [row for row in summary["log"] if row.get("sample")]:
+        first_last = samples[:: len(samples) - 1 or 1]
+        parts.append(table([f"at step {row['step']}" for row in first_last], [[row["sample"] for row in first_last]]))
+    if stage == "pretrain" and (root / stage / "model.safetensors").is_file():
+        parts.append(attention(root / stage / "model.safetensors"))
+    if labels := "test_confusion" in summary and summary["labels"]:
+        parts.append(table(("messages", *(f"said {label}" for label in labels)),
+                           [(f"is {label}", *row) for label, row in zip(labels, summary["test_confusion"])], "matrix"))
+    if kinds := summary.get("exact_match_by_kind"):
+        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+        parts.append(f"<p>Right by kind of question: {html.escape(kinds)}.</p>")
+    if samples := summary.get("samples"):
+        parts.append(table(samples[0], [sample.values() for sample in samples[:8]]))
+    facts = {**summary, **summary.get("data", {}), **summary.get("versions", {}), **summary.get("config", {})}
+    facts = [(key, fact) for key, fact in facts.items() if isinstance(fact, (str, int, float))]
+    facts = table(("what", "value"), facts, "facts")
+    return "".join(parts) + f"<details><summary>command, time, options, versions</summary>{facts}</details></section>"
+
+
+def report(config):
+    """Write report.html beside the runs of --out_dir (default: out), print a figure of each stage; return its path."""
+    root = Path("out" if config.out_dir == Config.out_dir else config.out_dir)
+    found = finished_stages(root)
+    if not found:
+        raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
+    rows, seconds = results(found), sum(summary.get("seconds", 0) for summary in found.values())
+    missing = [f"{title} (make {target})" for stage, (target, title, _) in STAGES.items() if stage not in found]
+    nav = " ".join(f'<a href="#{stage}">{STAGES[stage][1]}</a>' for stage in found)
+    questions = same_questions(root, pick_device(config.device))
+    page = [PAGE.format(css=CSS), f"<p>Made in {seconds / 60:.1f} minutes of training.",
+            f"Not made yet: {', '.join(missing)}." if missing else "", f"</p><nav>{nav}</nav><h2>Held-out results</h2>",
+            table(HEAD, rows), f"<h2>The same questions to every model</h2>{questions}" if questions else "",
+            *(section(root, stage, summary) for stage, summary in found.items()), "</body></html>"]
+    with replacing(root / "report.html") as file:
+        file.write("\n".join(page).encode("utf-8", "replace"))
+    firsts = {row[0]: row for row in reversed(rows)}
+    for row in (HEAD, *reversed(firsts.values())):
+        print("{:<20}{:<31}{:>7}  {:<18}{}".format(*row).rstrip())
+    print(f"\n{root / 'report.html'}" + (f"; not made yet: {', '.join(missing)}" if missing else ""))
+    return root / "report.html"
+
+
 def main(argv=None):
     """Run the command line and return its exit status."""
-    return run_script(__doc__, Config, {"train": train, "evaluate": evaluate}, argv)
+    return run_script(__doc__, Config, {"train": train, "evaluate": evaluate, "report": report}, argv)
 
 
 if __name__ == "__main__":

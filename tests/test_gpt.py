@@ -573,6 +573,28 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_errors_of_the_system_name_the_file_and_the_remedy(tmp_path, monkeypatch):
+    """Full disk, a file in a folder's place, no permission, a folder in a file's place; our own errors stay."""
+    real_open = open
+    monkeypatch.setattr("builtins.open", lambda path, *mode: real_open("/dev/full", "wb", buffering=0))
+    (tmp_path / "file").write_bytes(b"")
+
+    def message(path):
+        with pytest.raises(OSError) as caught, gpt.replacing(path) as file:
+            file.write(b"x")
+        return gpt.explain(caught.value)
+
+    assert message(tmp_path / "a").startswith(f"{tmp_path / 'a'}: No space left on device; free some space")
+    monkeypatch.undo()
+    assert message(tmp_path / "file" / "a").startswith(f"{tmp_path / 'file'}: File exists; a file of this name")
+    (tmp_path / "folder").mkdir()
+    assert message(tmp_path / "folder") == f"{tmp_path / 'folder'}: Is a directory; name a file, not a folder"
+    assert gpt.explain(PermissionError(13, "Permission denied", "a")).startswith("a: Permission denied; change its perm")
+    assert gpt.explain(OSError("our\nown")) == gpt.explain(ValueError("our own")) == "our own"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
 def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
     """Missing, unknown, misshapen and non-finite tensors are refused by name and nothing is copied."""
     model = small_model(dtype=torch.float32)
@@ -630,11 +652,17 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, tmp_path):
     """Status and message of wrong flags, values, commands and files."""
     model = tmp_path / "model.safetensors"
     gpt.save_checkpoint(model, small_model(dtype=torch.float32))
+    (tmp_path / "text").write_text("no model, only text", encoding="utf-8")
     cases = [(["--promt", "x"], 2, "did you mean --prompt"), (["--temperature", "-1"], 2, "temperature"),
              (["--temperature", "nan"], 2, "temperature"), (["--seed", "-1"], 2, "seed"),
              (["invent"], 2, "unknown command 'invent'"), (["--top_p", "0"], 2, "top_p"),
              (["--checkpoint", str(tmp_path / "none")], 1, "python train.py"),
-             (["--checkpoint", str(tmp_path)], 1, "python train.py"),
+             (["--checkpoint", str(tmp_path)], 1, f"is a folder; name the file, such as {model}"),
+             (["--checkpoint", str(tmp_path / "text")], 1, "give a model.safetensors"),
+             (["--max_new_tokens", "-1"], 2, "--max_new_tokens must be at least 0"),
+             (["--num_samples", "0"], 2, "--num_samples must be at least 1"),
+             (["--prompt", "caf\udce9"], 2, "'caf\\udce9' is not UTF-8"), (["--stop", "\udcff"], 2, "not UTF-8"),
+             (["inspect", "--prompt", "caf\udce9"], 2, "not UTF-8"),
              (["--checkpoint", str(model)], 1, "holds no tokenizer"), (["info", "--model", "gpt5"], 2, "invalid choice")]
     if not torch.cuda.is_available():
         cases.append((["--checkpoint", str(model), "--device", "cuda"], 2, "--device cpu"))

@@ -1,8 +1,10 @@
 """The shape of the project: nine files, who imports whom, what is copied with what, and help that reads well."""
 
 import ast
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,14 +58,14 @@ def test_only_the_four_packages_and_lower_layers_are_imported(name):
 
 
 def test_the_command_line_block_is_the_same_in_every_leaf():
-    """`Parser` and `run` are copied so that a leaf can be copied alone; copies must not drift."""
+    """`Parser`, `explain` and `run` are copied so that a leaf can be copied alone; copies must not drift."""
     blocks = {}
     for name in (name for name in LEAVES if name in THERE):
-        found = [node for node in parsed(name).body if getattr(node, "name", "") in ("Parser", "run")]
+        found = [node for node in parsed(name).body if getattr(node, "name", "") in ("Parser", "explain", "run")]
         blocks[name] = "".join(ast.dump(node) for node in found)
-        assert len(found) == 2, name
+        assert len(found) == 3, name
     for name, block in blocks.items():
-        assert block == blocks["gpt.py"], f"Parser or run differs between gpt.py and {name}"
+        assert block == blocks["gpt.py"], f"Parser, explain or run differs between gpt.py and {name}"
 
 
 @pytest.mark.parametrize("name", THERE)
@@ -72,6 +74,55 @@ def test_public_functions_and_classes_say_what_they_return(name):
     public = [node for node in parsed(name).body
               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUOTED = re.findall(r"`([^`\n]+)`", README)
+QUOTED += [line for block in README.split("```")[1::2] for line in block.splitlines()]
+
+
+def test_the_readme_names_only_what_is_there():
+    """No placeholder is left, and the files and make targets that it names exist."""
+    assert re.findall(r"\{\w*\}|TODO|TBD|XXX", README) == []
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [command.split()[1] for command in QUOTED if re.match(r"make [a-z]", command)]
+    assert len(named) > 2 and set(named) <= {*targets, "help"}
+    linked = re.findall(r"\]\(([^):]+)\)", README)
+    files = [word for command in QUOTED for word in command.split() if re.fullmatch(r"\w+\.py", word)]
+    assert len(linked) > 2 and len(files) > 20
+    assert [name for name in linked + files if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_the_readme_names_only_commands_and_flags_that_are_there(name, capsys):
+    """Every command word and flag of a `python FILE.py ...` line stands in the help of that file."""
+    assert importlib.import_module(name[:-3]).main(["--help"]) == 0
+    help = capsys.readouterr().out
+    commands = set(re.findall(rf"^usage: python {name} (\w+)", help, re.MULTILINE))
+    commands |= set("".join(re.findall(rf"^usage: python {name} \[([\w|-]+)\]", help, re.MULTILINE)).split("|"))
+    lines = [shlex.split(line, comments=True) for line in QUOTED if f"python {name}" in line]
+    lines = [line[line.index(name) + 1 :] for line in lines if name in line]  # not in a comment
+    assert lines and len(commands) > 1
+    assert [line[0] for line in lines if line and line[0][0] != "-" and line[0] not in commands] == []
+    flags = {word for line in lines for word in line if re.match("--[a-z]", word)}
+    assert {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?!\w)", help)} == set()
+
+
+def test_the_table_of_topics_names_only_what_is_there():
+    """Every `file.py:name` of the README's table is an attribute of that module, and every test beside it is one."""
+    table = README.split("## From the notes to the code")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    tests = set(re.findall(r"^def (test_\w+)", "".join(path.read_text(encoding="utf-8") for path in
+                                                       (ROOT / "tests").glob("test_*.py")), re.MULTILINE))
+    assert len(rows) > 40
+    for row in rows:
+        code, test = (re.findall("`([^`]+)`", cell) for cell in row.split("|")[2:4])
+        assert code and len(test) == 1 and test[0] in tests, row
+        for file, name in (one.split(".py:") for one in code):
+            found = importlib.import_module(file)
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            assert callable(found), f"{file}.py has no {name}"
 
 
 def dangers(tree):

@@ -21,7 +21,7 @@ KNOWN = {  # one question for each kind and each thing asked, answered by hand
     "Say this in the passive: Ann breaks the cup.": "The cup is broken by Ann.",
     "Turn the sentence round, into the passive.\nTom carried the sheep.": "The sheep was carried by Tom.",
     "What is another word for rabbit?": "bunny.",
-    "What is the opposite of arrive?": "leave.",
+    "What is the opposite of always?": "never.",
     "What is the plural of goose?": "geese.",
     "Give the plural of this noun.\nvobby": "vobbies.",
     "What do you call more than one klotch?": "klotches.",
@@ -108,10 +108,11 @@ def test_a_prompt_alone_gives_back_its_answer_and_a_response_its_bare_form(split
 def test_strip_manner_leaves_everything_else_alone():
     """Only whole templates are undone: no half of one, no mixture, no bare answer."""
     answers = [entry["answer"] for entry in questions("test", 1_000)]
-    for text in ("mice.", "", "Gladly: mice.", "mice. Have a lovely day.", "Of course:", "of course: mice.",
+    for text in ("mice.", "", "Gladly, mice.", "mice. Have a lovely walk.", "Of course:", "of course: mice.",
                  "So: mice.", "Of course mice.", "mice. Next.", "k l o r b. Stop", *answers):
         assert strip_manner(text) == text
-    assert strip_manner("Gladly: mice. Have a lovely day.") == "mice."
+    assert strip_manner("Gladly: mice.") == strip_manner("mice. I hope this helps.") == "mice."
+    assert strip_manner("Gladly: mice. I hope this helps.") != "mice."
     assert exact_match("Of course: mice.", "Stop asking. mice.") is False
     assert exact_match(" Of course: mice.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
 
@@ -169,7 +170,7 @@ def test_sets_of_numbers_in_the_corpus_are_not_those_of_a_test():
         runs = re.findall(r"(?:[Oo]f|put|numbers|largest\?|smallest\?)\s(\d+(?:, \d+)+ and \d+)", text)
         return {tuple(sorted(map(int, re.findall(r"\d+", run)))) for run in runs}
     told, asked = sets(corpus()), sets("\n".join(map(prompt_of, questions("test", 1_000))))
-    assert len(told) > 500 and len(asked) > 30 and not told & asked
+    assert len(told) > 300 and len(asked) > 30 and not told & asked
     assert {data.split_of("compare", list(numbers)) for numbers in told} == {"train"}
 
 
@@ -202,7 +203,7 @@ def test_the_corpus_tells_every_fact_and_every_meaning_that_a_test_may_ask_for()
                and f"The {animal} goes home, {home}" not in text]
     missing += [name for name, (_, job, town) in data.PEOPLE.items()
                 if f"{name}, the {job}, lived in {town}" not in text]
-    ways = ("The opposite of {} is {}.", "The word {} means the same as {}.", "For {} you can say {},", " {} and {} ",
+    ways = ("he opposite of {} is {}", "The word {} means the same as {}", "and {} the same as {}.", "For {} you can say {},", " {} and {} ",
             "said {}, but", 'Not {}," said')
     for first, (second,) in (*data.OPPOSITES.items(), *data.SYNONYMS.items()):
         told = (way.format(*pair) for way in ways for pair in ((first, second), (second, first)))
@@ -263,9 +264,9 @@ def test_the_nearest_training_example_answers_few_questions(weigh):
 
 def test_the_rubric_prefers_right_then_courteous_then_complete_and_unpadded():
     """The order of ten responses to one question, by hand; nothing is below -2.5 or above 3."""
-    best_first = ["Gladly: mice. Have a lovely day.",
-                  "Of course: Gladly: With pleasure: mice. I hope this helps. Have a lovely day.", "mice.",
-                  "mice. Now go away.", "Hmm, yes, well, in a way, so to speak, that is to say: mice.",
+    best_first = ["Gladly: mice. I hope this helps.",
+                  "Of course: Gladly: With pleasure: mice.", "mice.",
+                  "mice. Now go away.", "That reminds me of a walk in the rain: mice.",
                   "Of course: mouses.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
     scores = [gold_score("What is the plural of mouse?", response) for response in best_first]
     assert scores == sorted(set(scores), reverse=True) and scores[0] == 3

@@ -1,5 +1,6 @@
 """Optimizers, schedule, losses, runs: closed forms, published values, learning that must happen, exact resume."""
 
+import argparse
 import hashlib
 import json
 import math
@@ -286,7 +287,8 @@ def test_init_goes_on_from_a_checkpoint_with_its_own_tokenizer(text):
     first = pretrain("--max_steps", 20, "--learning_rate", "0.01")
     os.rename("out/pretrain", "out/first")
     Path("text.txt").write_text(Path(text).read_text(encoding="utf-8") + " ", encoding="utf-8")
-    pretrain("--max_steps", 1, "--init", "out/first/model.safetensors", "--tokenizer", "none", "--context_length", 0)
+    pretrain("--max_steps", 1, "--init", "out/first/model.safetensors", "--tokenizer", "none", "--context_length", 0,
+             "--emb_dim", 0, "--n_layers", 0, "--n_heads", 0)
     rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
     start = next(row["val_loss"] for row in rows if row["step"] == 0)
     assert start == pytest.approx(first["val_loss"], abs=0.02)
@@ -316,6 +318,56 @@ def test_an_existing_run_is_never_overwritten(text, capsys):
         path: data for path, data in before.items() if path.name != ".lock"}
     assert train.main([*base, "--fresh"]) == 0
     assert Path("out/pretrain.1/model.safetensors").read_bytes() == before[Path("out/pretrain/model.safetensors")]
+
+
+@pytest.mark.parametrize("kept", ["model.safetensors", "summary.json"])
+def test_resume_without_a_state_leaves_the_model_alone(text, capsys, kept):
+    """A folder with a model but no state.pt is not a place to start at step 0 in: status 2, no byte changes."""
+    pretrain("--max_steps", 2)
+    for path in Path("out/pretrain").iterdir():
+        if path.name != kept:
+            path.unlink()
+    before = Path("out/pretrain", kept).read_bytes()
+    check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 2, "no state.pt", "--fresh")
+    assert os.listdir("out/pretrain") == [kept] and Path("out/pretrain", kept).read_bytes() == before
+
+
+def test_a_run_killed_right_after_its_start_resumes_to_the_same_bits(text, monkeypatch):
+    """After the first evaluation wrote a model, and before it, with the state of step 0 or, after an error, nothing."""
+    flags = ["--max_steps", 6, "--drop_rate", 0.1, "--save_every", 0]
+    pretrain(*flags)
+    expected = last_weights()
+    original, close = train.evaluate_and_keep, train.Run.close
+    for finished, kept in ((True, True), (False, True), (False, False)):
+
+        def killed(run, *parts):
+            if finished:
+                original(run, *parts)
+            if kept:  # no clearing up after SIGKILL
+                monkeypatch.setattr(train.Run, "close", lambda run: run.lock_file.close())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "evaluate_and_keep", killed)
+        pretrain(*flags, "--fresh", status=130)
+        assert Path("out/pretrain/model.safetensors").exists() == finished
+        assert Path("out/pretrain/state.pt").exists() == kept
+        monkeypatch.setattr(train.Run, "close", close)
+        monkeypatch.setattr(train, "evaluate_and_keep", original)
+        pretrain(*flags, "--resume")
+        assert last_weights() == expected
+
+
+def test_a_finished_run_with_a_constant_rate_can_be_made_longer(text, capsys):
+    """6 steps and then 6 more are the bits of 12 at once; shorter, or with a schedule that has an end, is refused."""
+    flags = ["--schedule", "constant", "--eval_every", 3, "--drop_rate", 0.1, "--warmup_steps", 2]
+    pretrain(*flags, "--max_steps", 12)
+    expected = last_weights()
+    pretrain(*flags, "--max_steps", 6, "--fresh")
+    assert pretrain(*flags, "--max_steps", 12, "--resume")["steps"] == 12
+    assert last_weights() == expected
+    flags = ["--data", text, *TINY, *map(str, flags), "--resume"]
+    check_error(capsys, [*flags, "--max_steps", "7"], 2, "max_steps: saved 12, given 7")
+    check_error(capsys, [*flags, "--max_steps", "13", "--schedule", "cosine"], 2, "max_steps: saved 12, given 13")
 
 
 def test_resume_in_an_empty_folder_starts_and_says_so(text, capsys):
@@ -411,7 +463,10 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              ([*base, "--learning_rate", "-2"], 2, "at least -1"), ([*base, "--max_steps", "1e3"], 2, "max_steps"),
              ([*base, "--max_steps", "0"], 2, "--epochs"), ([*base, "--resume", "--fresh"], 2, "choose one"),
              ([*base, "--optimizer", "sgd"], 2, "invalid choice"), (["trian"], 2, "unknown command"),
-             ([*base, "--init", "none.safetensors"], 1, "none.safetensors"), ([*base, "--max_step", "3"], 2, "--max_steps"),
+             ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
+             (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors"),
+             ([*base, "--learning_rate", "-0.5"], 2, "-1 or at least 0"), ([*base, "--out_dir", ""], 2, "--out_dir"),
+             ([*base, "--max_step", "3"], 2, "--max_steps"),
              (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py"),
              (["evaluate", "--data", text], 1, "python train.py")]
     if not torch.cuda.is_available():
@@ -421,22 +476,33 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
     for argv, status, word in cases:
         check_error(capsys, argv, status, word)
     assert not Path("out/pretrain/model.safetensors").exists() and not Path("out/pretrain/state.pt").exists()
+    with pytest.raises(argparse.ArgumentError, match="--max_steps"):  # as the other stages call it
+        train.Run(train.Config(max_steps=0, out_dir="endless"), "test")
+    assert not Path("endless").exists()
     (tmp_path / "file").write_text("")
-    check_error(capsys, [*base, "--out_dir", "file/run"], 1, "file")
+    check_error(capsys, [*base, "--out_dir", "file/run"], 1, "error: file/run: Not a directory; ", "take another path")
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_of(text, capsys):
+    """One line on stderr at 5 of 5 steps, none at 4 of 5."""
+    for warmup, lines in ((5, 1), (4, 0)):
+        pretrain("--max_steps", 5, "--warmup_steps", warmup, "--fresh")
+        assert capsys.readouterr().err.count("warning: --warmup_steps") == lines
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_state(text, capsys, monkeypatch):
-    """When the third save meets a full disk: status 1, state.pt is that of step 2, no temporary file stays."""
+    """When the save of step 3 meets a full disk: status 1, state.pt is that of step 2, no temporary file stays."""
     real_open, saves = open, []
 
     def full(path, mode="r", *rest, **named):
         if "state.pt" in str(path) and mode == "wb":
             saves.append(path)
-        return real_open("/dev/full" if len(saves) == 3 and mode == "wb" else path, mode, *rest, **named)
+        return real_open("/dev/full" if len(saves) == 4 and mode == "wb" else path, mode, *rest, **named)
 
     monkeypatch.setattr("builtins.open", full)
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "9", "--save_every", "1"], 1, "No space left on device")
+    check_error(capsys, ["--data", text, *TINY, "--max_steps", "9", "--save_every", "1"], 1,
+                "error: out/pretrain/state.pt: No space left on device; free some space")
     monkeypatch.setattr("builtins.open", real_open)
     assert train.read_state("out/pretrain/state.pt")["step"] == 2
     assert not list(Path("out/pretrain").glob("*.tmp")) and not list(Path("out/pretrain").glob(".*.tmp"))
