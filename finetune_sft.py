@@ -291,15 +291,15 @@ def nearest_examples(train, test, chunk=256):
 # Loss
 
 
-def response_loss(hidden, head, targets):
-    """Return the summed cross-entropy in nats of the targets that count: hidden (B, T, C), targets (B, T) -> ().
+def response_loss(model, ids, targets, mask=None):
+    """Return the summed cross-entropy in nats of the targets that count: ids, targets (B, T) -> ().
 
-    The head, the largest matrix of a small model, is applied to the counted positions only; the others' logits would
-    be thrown away."""
-    counted = targets != IGNORE
-    logits = head(hidden[counted])
+    The end of the last block and the head, the largest matrix of a small model, are computed at the counted positions
+    only; what they gave elsewhere would be thrown away."""
+    rows = (targets != IGNORE).flatten().nonzero().squeeze(1)
+    logits = model.out_head(model.hidden(ids, mask, rows=rows))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for a sum of many
-    return F.cross_entropy(logits, targets[counted], reduction="sum")
+    return F.cross_entropy(logits, targets.flatten()[rows], reduction="sum")
 
 
 def perplexity(model, items, tokenizer, context):
@@ -317,7 +317,7 @@ def evaluate_loss(model, items, tokenizer, context, batch_size=64):
         batch = items[start : start + batch_size]
         ids, targets, _ = make_batch(batch, tokenizer, model.config.context_length, device=model.device)
         with context:
-            total += response_loss(model.hidden(ids), model.out_head, targets).item()
+            total += response_loss(model, ids, targets).item()
         count += (targets != IGNORE).sum().item()
     model.train(was_training)
     return total / count
@@ -845,7 +845,8 @@ def train_once(config):
     optimizers = make_optimizers(model, config)
     sha256 = hashlib.sha256(json.dumps([items["train"], items["val"]]).encode()).hexdigest()
     run.start(model, optimizers, total_steps(config, per_epoch), sha256)
-    hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
+    for block in model.trf_blocks if config.compile else ():
+        block.compile(dynamic=True)
     keep = functools.partial(evaluate_and_keep, run, model, tokenizer, items["val"], parts["val"], config, context,
                              tokenizer.to_dict())
     model.train()
@@ -860,7 +861,7 @@ def train_once(config):
             batch_loss, tokens = 0.0, sum((targets != IGNORE).sum().item() for _, targets, _ in pieces)
             for ids, targets, mask in pieces:
                 with context:
-                    loss = response_loss(hidden(ids, mask), model.out_head, targets) / tokens  # 4. loss
+                    loss = response_loss(model, ids, targets, mask) / tokens  # 4. loss
                 loss.backward()  # 5. backward
                 batch_loss += loss.item()
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update

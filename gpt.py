@@ -168,15 +168,18 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         return self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, allowed=None, cache=None, layer=0):
-        """`allowed` (B, 1, T, S) says which of S keys a query may see; None means all up to itself."""
+    def forward(self, x, allowed=None, cache=None, layer=0, rows=None):
+        """`allowed` (B, 1, T, S) says which of S keys a query may see; None means all up to itself.
+
+        With `rows` (N,), indices into the B * T positions, only these come out: (N, C)."""
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D), the S - T earlier positions in front
         causal = allowed is None and x.shape[1] > 1  # a single new token may see everything before it
         dropout = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal)
-        return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # heads joined: (B, H, T, D) -> (B, T, C)
+        y = y.transpose(1, 2).reshape(x.shape)  # heads joined: (B, H, T, D) -> (B, T, C)
+        return self.out_proj(y if rows is None else y.flatten(0, 1).index_select(0, rows))
 
     def by_steps(self, x, allowed=None):
         """Return the same as `forward` without a cache, written out, and the attention weights (B, H, T, T)."""
@@ -205,8 +208,9 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(config)
         self.drop = nn.Dropout(config.drop_rate)
 
-    def forward(self, x, allowed=None, cache=None, layer=0):
-        x = x + self.drop(self.attn(self.ln1(x), allowed, cache, layer))
+    def forward(self, x, allowed=None, cache=None, layer=0, rows=None):
+        attended = self.drop(self.attn(self.ln1(x), allowed, cache, layer, rows))
+        x = attended + (x if rows is None else x.flatten(0, 1).index_select(0, rows))
         return x + self.drop(self.ffn(self.ln2(x)))
 
 
@@ -305,11 +309,12 @@ class GPTModel(nn.Module):
         """Return token plus position embeddings, ids (B, T) and positions (T,) or (B, T) -> (B, T, C)."""
         return self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))
 
-    def hidden(self, ids, mask=None, cache=None):
+    def hidden(self, ids, mask=None, cache=None, rows=None):
         """Return the last layer's normalised states (B, T, C), which the head turns into logits.
 
-        With a cache, `ids` are only the new tokens and `mask` covers only them. Raises ValueError where the text is
-        longer than the context."""
+        With a cache, `ids` are only the new tokens and `mask` covers only them. With `rows` (N,), indices into the
+        B * T positions, only their states come out, (N, C), and most of the last block is computed for them alone.
+        Raises ValueError where the text is longer than the context."""
         T, past = ids.shape[1], 0 if cache is None else cache.length
         if past + T > self.config.context_length:
             raise ValueError(f"{past + T} tokens do not fit into the context of {self.config.context_length}")
@@ -322,7 +327,7 @@ class GPTModel(nn.Module):
             allowed = attention_mask(None, past, T, ids.device) if past and T > 1 else None
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.trf_blocks):
-            x = block(x, allowed, cache, layer)
+            x = block(x, allowed, cache, layer, rows if layer == len(self.trf_blocks) - 1 else None)
         if cache is not None:
             cache.length += T
         return self.final_norm(x)

@@ -163,7 +163,7 @@ def test_a_batch_has_the_loss_and_gradients_of_its_examples_one_by_one(tokenizer
     expected_gradient = gradients(model, expected)
     ids, targets, mask = sft.make_batch(items, tokenizer, 64, pack)
     assert len(ids) < 12 if pack else len(ids) == 12 and mask is None
-    loss = sft.response_loss(model.hidden(ids, mask), model.out_head, targets) / (targets != gpt.IGNORE).sum()
+    loss = sft.response_loss(model, ids, targets, mask) / (targets != gpt.IGNORE).sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(gradients(model, loss), expected_gradient, atol=1e-12)
 
@@ -172,7 +172,7 @@ def test_packing_without_its_mask_is_seen(tokenizer):
     """The control of the test above: if examples of a row saw each other, the loss would be another."""
     model = small_model(tokenizer, context_length=64).double()
     ids, targets, mask = sft.make_batch(sft.encode_entries(entries(12), tokenizer, "plain", 64)[0], tokenizer, 64, True)
-    right, wrong = (sft.response_loss(model.hidden(ids, m), model.out_head, targets).item() for m in (mask, None))
+    right, wrong = (sft.response_loss(model, ids, targets, m).item() for m in (mask, None))
     assert abs(right - wrong) > 1e-5 * right
 
 
