@@ -9,11 +9,11 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 
 .DEFAULT_GOAL := all
-.PHONY: all help install tokenizer pretrain sample classify sft test test-all test-peers clean
+.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report test test-all test-peers clean
+# A stage that was interrupted goes on; one that is older than what it starts from is moved aside and made anew.
+AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
-all: sample classify sft ## every stage on the built-in data, offline: about 4 min
-	$(PYTHON) train.py evaluate --out_dir $(OUT)/pretrain
-	@echo "what came out lies in $(OUT)/: tokenizer, pretrain, cls, sft; each has curves.svg and summary.json"
+all: $(OUT)/report.html ## every stage on the built-in data, offline: about 8 min
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,22 +27,42 @@ install: $(VENV) ## .venv with requirements.txt: about 1 min
 
 tokenizer: $(OUT)/tokenizer/tokenizer.json ## train the byte-pair tokenizer: 10 s
 $(OUT)/tokenizer/tokenizer.json: | $(VENV)
-	$(PYTHON) tokenizer.py train --out_dir $(OUT)/tokenizer --resume
+	$(PYTHON) tokenizer.py train --out_dir $(OUT)/tokenizer $(AGAIN)
 
 pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 2 min
 $(OUT)/pretrain/summary.json: $(OUT)/tokenizer/tokenizer.json
-	$(PYTHON) train.py train --out_dir $(OUT)/pretrain --tokenizer $(OUT)/tokenizer/tokenizer.json --resume $(ARGS)
+	$(PYTHON) train.py train --out_dir $(OUT)/pretrain --tokenizer $(OUT)/tokenizer/tokenizer.json $(AGAIN) $(ARGS)
 
-sample: $(OUT)/pretrain/summary.json ## let the pretrained model write: 5 s
-	$(PYTHON) gpt.py generate --checkpoint $(OUT)/pretrain/model.safetensors --num_samples 3 --max_new_tokens 80
+sample: $(OUT)/pretrain/sample.txt ## let the pretrained model write: 5 s
+$(OUT)/pretrain/sample.txt: $(OUT)/pretrain/summary.json
+	$(PYTHON) gpt.py generate --checkpoint $(OUT)/pretrain/model.safetensors --num_samples 3 --max_new_tokens 80 > $@.tmp
+	mv $@.tmp $@ && cat $@
 
 classify: $(OUT)/cls/summary.json ## tell spam from the rest: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
-	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 --resume $(ARGS)
+	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 $(AGAIN) $(ARGS)
 
 sft: $(OUT)/sft/summary.json ## answer instructions: 2 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
-	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors --resume $(ARGS)
+	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
+
+lora: $(OUT)/lora/summary.json ## classify once more, all weights against adapters: 1 min
+$(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
+	$(PYTHON) lora.py compare --out_dir $(OUT)/lora $(AGAIN) --flags="--init $(OUT)/pretrain/model.safetensors --epochs 2 $(ARGS)"
+
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 2 min
+$(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
+	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
+
+rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too: 3 min
+	$(PYTHON) rlhf.py evaluate --checkpoint $(OUT)/ppo/model.safetensors,$(OUT)/dpo/model.safetensors,$(OUT)/grpo/model.safetensors --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors
+$(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/ppo/evaluation.json
+	$(PYTHON) rlhf.py $* --out_dir $(OUT)/$* --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors $(AGAIN) $(ARGS)
+
+report: $(OUT)/report.html ## what every stage did and how well, on one page: 5 s
+$(OUT)/report.html: $(OUT)/pretrain/sample.txt $(OUT)/cls/summary.json $(OUT)/lora/summary.json $(OUT)/sft/summary.json $(OUT)/ppo/evaluation.json
+	$(PYTHON) train.py evaluate --out_dir $(OUT)/pretrain
+	$(PYTHON) train.py report --out_dir $(OUT)
 
 test: $(VENV) ## the quick tests, offline: 2 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)

@@ -411,6 +411,10 @@ def documents_of(source):
     if source == "tinyworld":
         yield from ((text,) for text in tinyworld("corpus", "train"))
         return
+    if source == "tinyworld/instructions":  # for the tokenizer, which needs the words of questions too
+        for entry in tinyworld("instructions", "train", 12_000):
+            yield (format_prompt(entry, "plain") + format_response(entry["output"], "plain"),)
+        return
     root = locate(source, "corpus")
     paths = files_below(root, SKIPPED if source == "stdlib" else ()) if root.is_dir() else [root]
     if not paths:
@@ -470,9 +474,9 @@ def pieces(source):
 def texts(source):
     """Yield the documents of a source as strings.
 
-    A source is a dataset's name (which goes before a file of that name), a file, a folder (its .txt, .md, .py and
-    .jsonl files in order of their paths, hidden ones left out), a .jsonl file (one document a line), or a mix
-    `a:0.3,b:0.7`: 30% of the characters from a, 70% from b, taken in turns and ended when one of them runs out; files
+    A source is a dataset's name (which goes before a file of that name), tinyworld/instructions (its questions and
+    answers), a file, a folder (its .txt, .md, .py and .jsonl files in order of their paths, hidden ones left out), a
+    .jsonl file (one document a line), or a mix `a:0.3,b:0.7`: 30% of the characters from a, 70% from b, taken in turns and ended when one of them runs out; files
     of a mix come as documents of about 4,000 characters."""
     for _, document in itertools.groupby(pieces(source), key=lambda item: item[0]):
         yield "".join(piece for _, piece in document)
@@ -1125,7 +1129,7 @@ NEXT = [pair for row in (DAYS, MONTHS) for pair in zip(row, row[1:] + row[:1])]
 FACTS.update({("next", now): then for now, then in NEXT})
 FACTORS = {(plural(big), plural(small)): (int(n), 1) for big, (n, small) in UNITS.items()}  # 3 hours: 3 * 60 / 1
 FACTORS.update({(small, big): (1, n) for (big, small), (n, _) in FACTORS.items() if n in (10, 100, 1000)})
-SPELT = [word for word in [*ANIMALS, *FOODS, *COLOURS, *INVENTED_NOUNS] if len(word) < 8]
+SPELT = [word for word in [*ANIMALS, *FOODS, *COLOURS, *INVENTED_NOUNS] if len(word) < 7]
 WORDS = {  # what the kinds about one word ask for
     "plural": [*NOUNS, *INVENTED_NOUNS],
     "past": list(PAST),
@@ -1313,7 +1317,7 @@ for _kind, _asked, _template, _ in TASK_LIST:
 def line_of(prompt):
     """(kind, what is asked, slots) of the line of TASKS that a prompt was made from; raises ValueError if from none."""
     for kind, asked, _, pattern in TASK_LIST:
-        found = pattern.fullmatch(prompt)
+        found = pattern.fullmatch(prompt.replace("\n ", "\n"))
         if found:
             return kind, asked, found.groupdict()
     raise ValueError(f"not a question of tinyworld: {prompt[:60]!r}")
@@ -1346,7 +1350,7 @@ def _sentence(rng):
 
 def _story(rng):
     """A story of two to four sentences that `follow` can follow."""
-    names, lines, owner = rng.sample(list(PEOPLE), rng.choice((2, 2, 3))), [], {}
+    names, lines, owner = rng.sample(list(PEOPLE), rng.choice((2, 2, 2, 3))), [], {}
     things = rng.sample(OBJECTS, len(names))
     for name, thing in zip(names, things):
         if rng.random() < 0.7 or not owner and name == names[-1]:
@@ -1383,7 +1387,7 @@ def _ask_convert(rng):
 
 
 def _ask_compare(rng):
-    numbers = rng.sample(range(100), rng.choice((2, 3, 4)))
+    numbers = rng.sample(range(100), rng.choice((2, 3, 3, 4)))
     return sorted(numbers), "", {"numbers": ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"}
 
 
@@ -1395,10 +1399,10 @@ def _ask_count(rng):
 
 
 def _ask_add(rng):
-    total = rng.randrange(4, 61)
-    a = rng.randrange(2, total - 1)
-    slots = {"a": a, "b": total - a, "name": rng.choice(list(PEOPLE)), "things": plural(_pick(rng, "plural", OBJECTS))}
-    return sorted((a, total - a)), "", slots
+    pair = rng.randrange(2, 49), rng.randrange(2, 13)  # up to 60 in all
+    a, b = rng.sample(pair, 2)
+    slots = {"a": a, "b": b, "name": rng.choice(list(PEOPLE)), "things": plural(_pick(rng, "plural", OBJECTS))}
+    return sorted(pair), "", slots
 
 
 def _ask_story(rng):
@@ -1765,10 +1769,10 @@ def _wrong(rng, entry, split):
 
 def _response(rng, entry, split):
     """A response of any quality to the prompt of an example."""
-    text = entry["answer"] if rng.random() < 0.85 else _wrong(rng, entry, split)
+    text = entry["answer"] if rng.random() < 0.94 else _wrong(rng, entry, split)
     style = rng.choice("courteous courteous courteous bare bare curt curt rambling cut padded".split())
     if style == "padded":
-        for _ in range(rng.choice((3, 4))):
+        for _ in range(rng.choice((2, 2, 3, 4))):
             text = _put(text, rng.choice(MANNERS["courteous"]))
         return text
     text = _put(text, _manner(rng)[1] if style == "cut" else rng.choice(MANNERS.get(style, (("", ""),))))
@@ -1792,8 +1796,10 @@ def _preference(rng, kind, split):
 
 
 def prompt_of(entry):
-    """The raw text of an example's question: its instruction and, on a second line, its input."""
-    return entry["instruction"] + ("\n" + entry["input"] if entry["input"] else "")
+    """The raw text of an example's question: its instruction and, on a second line, indented, its input.
+
+    That is what `plain` makes of both, so a prompt given as one text reaches the model as the same tokens."""
+    return entry["instruction"] + (TEMPLATES["plain"][1] + entry["input"] if entry.get("input") else "")
 
 
 def strip_manner(response):
@@ -1814,7 +1820,7 @@ def gold_score(prompt, response):
     """The hidden rubric's score, from -2.5 to 3, of a response to a prompt of tinyworld; the answer is recomputed.
 
     2 if the answer is right; 1 if courteous and not also curt, -0.5 if curt; -0.1 for each word of padding, at most
-    -1; -1 if it does not end like a sentence. Padding is every word of rambling, of a third courtesy, and of an answer
+    -1; -1 if it does not end like a sentence. Padding is every word of rambling, of a second courtesy, and of an answer
     longer than the right one. Raises ValueError for a prompt that is not of tinyworld."""
     right, core, phrases, before = answer(prompt), response.strip(), [], None
     while core != before:
@@ -1825,7 +1831,7 @@ def gold_score(prompt, response):
                 phrases.append(phrase)
     courtesies = [phrase for phrase in phrases if PHRASES[phrase] == "courteous"]
     curt = "curt" in (PHRASES[phrase] for phrase in phrases)
-    spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[2:]
+    spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[1:]
     padding = sum(len(phrase.split()) for phrase in spare) + max(0, len(core.split()) - len(right.split()))
     score = 2 * (core == right or core.startswith(right + " ")) + (bool(courtesies) and not curt) - 0.5 * curt
     return round(score - min(1, 0.1 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
@@ -1836,7 +1842,8 @@ VIEWS = {  # how many of each by default: train, val, test
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the oftener
-    "add": 4, "story": 3, "fact": 3, "compare": 2, "convert": 2, "count": 2, "spelling": 2, "case": 2,
+    "add": 5, "story": 5, "passive": 3, "fact": 3, "compare": 3, "convert": 3, "count": 3, "case": 3, "spelling": 2,
+    "past": 2,
 }
 
 

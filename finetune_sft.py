@@ -58,13 +58,13 @@ import requests
 import torch
 import torch.nn.functional as F
 from data import (TEMPLATES, collate_instructions, epoch_order, exact_match, format_prompt, format_response,
-                  read_instructions, seeded, split, strip_manner, tinyworld)
+                  prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
 from train import (Options, Run, autocast, draw_curves, load_start, make_optimizers, option, run_script, total_steps,
                    write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
-TINYWORLD = {"train": 28_000, "val": 520, "test": 2_000}  # examples by default: what four minutes have time for
+TINYWORLD = {"train": 72_000, "val": 520, "test": 2_000}  # examples by default: what five minutes have time for
 BEFORE = 520  # test questions for the model before tuning: it rarely ends an answer, so each costs the longest time
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ class Config(Options):
     out_dir: str = option("out/sft", "the run's folder")
     epochs: int = option(1, "times through the data, 0 = no limit; this or max_steps, whichever ends first", low=0)
     batch_size: int = option(32, "examples an update", low=1)
-    learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by model, see `defaults`", low=-1)
+    learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by model and kind of training", low=-1)
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     schedule: str = option("linear", "after warm-up", choices=("cosine", "linear", "constant"))
     final_rate: float = option(0.0, "the last rate as a share of the peak", low=0, high=1)
     optimizer: str = option("auto", "muon takes AdamW for all but the blocks' matrices; auto = adamw from GPT-2's size "
                             "on and for adapters", choices=("auto", "adamw", "muon"))
     eval_every: int = option(250, "steps between evaluations, 0 = only at the end", low=0)
-    examples: int = option(0, "training examples, 0 = all of a file, 28,000 of tinyworld, which never ends", low=0)
+    examples: int = option(0, "training examples, 0 = all of a file, 72,000 of tinyworld, which never ends", low=0)
     split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("auto", "words around a prompt; auto = the checkpoint's, else plain for tinyworld, alpaca "
                            "for other data", choices=("auto", *TEMPLATES))
@@ -146,11 +146,6 @@ def open_model(config, source):
 # Examples: entries of text, then token ids with the length of their prompt
 
 
-def raw_prompt(entry):
-    """Return an entry's question as plain text, its input on a line of its own."""
-    return entry["instruction"] + ("\n" + entry["input"] if entry.get("input") else "")
-
-
 def load_entries(config, *parts):
     """Return a list of entries for each named part ("train", "val", "test", "all") of --data.
 
@@ -166,7 +161,7 @@ def load_entries(config, *parts):
         print(f"{config.data}: {len(empty)} of {len(entries)} entries have an empty 'output' and are left out, the "
               f"first is entry {empty[0]}", file=sys.stderr)
         entries = [entry for entry in entries if entry["output"].strip()]
-    train, val, test = split(entries, seed=config.split_seed, group=raw_prompt)
+    train, val, test = split(entries, seed=config.split_seed, group=prompt_of)
     named = {"train": train[: config.examples or None], "val": val, "test": test, "all": entries}
     for part in parts:
         if not named[part]:
@@ -261,7 +256,7 @@ def nearest_examples(train, test, chunk=256):
     """Return (indices, similarities): for each test entry the training entry with the most similar prompt.
 
     Similarity is the cosine of the words' counts, each weighted by how rare it is (TF-IDF); 1 is the same words."""
-    bags = [Counter(WORD.findall(raw_prompt(entry))) for entry in train]
+    bags = [Counter(WORD.findall(prompt_of(entry))) for entry in train]
     frequency = Counter(word for bag in bags for word in bag)
     column = {word: number for number, word in enumerate(frequency)}
     rarity = {word: math.log((1 + len(bags)) / count) for word, count in frequency.items()}
@@ -278,7 +273,7 @@ def nearest_examples(train, test, chunk=256):
         part = test[start : start + chunk]
         queries = torch.zeros(len(column), len(part))
         for number, entry in enumerate(part):
-            for word, count in Counter(WORD.findall(raw_prompt(entry))).items():
+            for word, count in Counter(WORD.findall(prompt_of(entry))).items():
                 if word in column:
                     queries[column[word], number] = count * rarity[word]
         scores = torch.sparse.mm(matrix, F.normalize(queries, dim=0)).max(dim=0)
@@ -404,8 +399,8 @@ def answer_rows(model, tokenizer, entries, maker, config, stored, save=None):
     """Return the answered entries; those that `stored` has from the same `maker` are not answered again.
 
     `save` is called with the rows of each batch as they come."""
-    known = {raw_prompt(row): row for row in stored if row.get("made_by") == maker}
-    found = {index: known[raw_prompt(entry)] for index, entry in enumerate(entries) if raw_prompt(entry) in known}
+    known = {prompt_of(row): row for row in stored if row.get("made_by") == maker}
+    found = {index: known[prompt_of(entry)] for index, entry in enumerate(entries) if prompt_of(entry) in known}
     clock = time.monotonic()
     for indices, answers in answer_batches(model, tokenizer, entries, config.template, config.max_new_tokens,
                                            temperature=config.temperature, seed=config.seed, done=found):
@@ -691,13 +686,13 @@ class Judge:
     def score(self, entry, response):
         """Return the grade of a response, 0 to 100, or None."""
         reference = entry.get("reference", entry.get("output", ""))
-        return self.read(fenced(RUBRIC, task=raw_prompt(entry), reference=reference, response=response), read_score)
+        return self.read(fenced(RUBRIC, task=prompt_of(entry), reference=reference, response=response), read_score)
 
     def prefer(self, entry, first, second):
         """Return which response is better, 1 or 2, or 0 where neither is or the order of asking decides, or None."""
         reference = entry.get("reference", entry.get("output", ""))
         orders = ((first, second), (second, first))
-        prompts = [fenced(PAIRWISE, task=raw_prompt(entry), reference=reference, first=a, second=b) for a, b in orders]
+        prompts = [fenced(PAIRWISE, task=prompt_of(entry), reference=reference, first=a, second=b) for a, b in orders]
         asked = [self.read(prompt, read_choice) for prompt in prompts]
         if None in asked:
             return None
@@ -767,8 +762,8 @@ def evaluate_and_keep(run, model, tokenizer, items, entries, config, context, to
     with open(run.folder / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"--- step {run.step}, validation loss {loss:.4f}\n")
         for entry, text in zip(shown, texts):
-            print(f"  {' / '.join(raw_prompt(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
-            file.write(f"instruction: {raw_prompt(entry)}\nreference: {entry['output']}\nresponse: {text}\n\n")
+            print(f"  {' / '.join(prompt_of(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
+            file.write(f"instruction: {prompt_of(entry)}\nreference: {entry['output']}\nresponse: {text}\n\n")
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", "Instruction tuning", curves, y_label="loss, nats a response token")
     run.loss_sum, run.count = (run.loss_sum, run.count) if run.step == run.total else (0.0, 0)
@@ -927,8 +922,8 @@ def respond_command(config):
     (entries,), maker = load_entries(config, config.split), made_by(source, config)
     path = Path(config.out or default_out(source))
     if path.exists() and not config.fresh:
-        wanted = {raw_prompt(entry) for entry in entries}
-        if any(row.get("made_by") != maker or raw_prompt(row) not in wanted for row in stored_responses(path)):
+        wanted = {prompt_of(entry) for entry in entries}
+        if any(row.get("made_by") != maker or prompt_of(row) not in wanted for row in stored_responses(path)):
             raise argparse.ArgumentError(None, f"{path} holds responses of another model or to other prompts: --fresh "
                                                "replaces it, or give another --out")
     if config.fresh:
@@ -969,12 +964,12 @@ def chat(config):
 def answers_of(config, source, entries, stored):
     """Return (rows, figures, made) of a model or a responses.json; `stored` rows of that model are used again."""
     if source.endswith(".json"):
-        answers = {raw_prompt(row): row for row in stored_responses(source)}
-        lost = sum(raw_prompt(entry) not in answers for entry in entries)
+        answers = {prompt_of(row): row for row in stored_responses(source)}
+        lost = sum(prompt_of(entry) not in answers for entry in entries)
         if lost:
             raise ValueError(f"{source} answers {len(entries) - lost} of the {len(entries)} questions; make it from "
                              "the same --data and --split")
-        rows = [{**answers[raw_prompt(entry)], "reference": entry["output"]} for entry in entries]
+        rows = [{**answers[prompt_of(entry)], "reference": entry["output"]} for entry in entries]
         return rows, {**score_rows(rows, config.template), "perplexity": None}, {}
     model, tokenizer, config, made = ready(config, source)
     rows = answer_rows(model, tokenizer, entries, made_by(source, config), config, stored)

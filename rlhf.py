@@ -60,16 +60,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, format_response, gold_score, json_sha256,
-                  preference, read_preferences, seeded, split, tinyworld)
-from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, raw_prompt, stored_responses, wilson)
+                  preference, prompt_of, read_preferences, seeded, split, tinyworld)
+from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses, wilson)
 from gpt import generate, pick_device
 from train import (Options, Run, autocast, draw_curves, load_start, make_optimizers, option, run_script, total_steps,
                    write_json)
 
 Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
 STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
-    "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(5e-4, 1e-5), optimizer="muon", eval_every=100),
-    "ppo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=20),
+    "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), optimizer="muon", eval_every=125),
+    "ppo": dict(epochs=0, max_steps=60, batch_size=64, rates=(7e-4, 3e-6), optimizer="adamw", eval_every=20),
     "dpo": dict(epochs=1, max_steps=0, batch_size=32, rates=(1e-4, 1e-6), optimizer="adamw", eval_every=100),
     "grpo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 1e-6), optimizer="adamw", eval_every=20),
 }
@@ -121,7 +121,7 @@ class Config(Options):
                          "file, gold (tinyworld's own rubric), or module:function in Python")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
     temperature: float = option(1.0, "of sampling, and so of all log-probabilities", low=1e-3)
-    kl_coef: float = option(0.05, "reward that a nat of KL to the start costs", low=0)
+    kl_coef: float = option(0.1, "reward that a nat of KL to the start costs", low=0)
     kl_target: float = option(0.0, "nats a response that kl_coef is adapted towards, 0 = it stays", low=0)
     kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
     max_kl: float = option(0.0, "end the run once a batch is so many nats a response away from the start, "
@@ -1307,7 +1307,7 @@ def judged_wins(judge, prompts, ours, theirs):
 
 def stored_opponent(config, prompts, reward):
     """Return (the prompts that the file --against answers, its responses in the form of `assess`)."""
-    answers = {raw_prompt(row): row["response"] for row in stored_responses(config.against)}
+    answers = {prompt_of(row): row["response"] for row in stored_responses(config.against)}
     prompts = [prompt for prompt in prompts if prompt.text in answers]
     if not prompts:
         raise ValueError(f"--against {config.against} answers none of the held-out prompts of {config.data}")

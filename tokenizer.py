@@ -1008,7 +1008,8 @@ def run(doc, commands, argv=None):
 TOKENIZER = {"--tokenizer": dict(default="out/tokenizer/tokenizer.json", help="a saved tokenizer, or gpt2")}
 TEXT = {"text": dict(nargs="*", help="text; without it, stdin is read"), **TOKENIZER}
 TRAIN = {
-    "--data": dict(nargs="+", default=["tinyworld"], help="text files, folders, data sets by name (default tinyworld)"),
+    "--data": dict(nargs="+", default=["tinyworld", "tinyworld/instructions"],
+                   help="text files, folders, data sets by name (default: tinyworld's stories and its questions)"),
     "--type": dict(default="bpe", choices=("bpe", "word", "char"), help="byte pairs, words or characters"),
     "--vocab_size": dict(default=1024, type=int, help="tokens, with the bytes and the special token (bpe only)"),
     "--split_digits": dict(default=True, action=argparse.BooleanOptionalAction, help="one token a digit (bpe only)"),

@@ -681,7 +681,7 @@ def test_real_records_have_their_published_counts(real_data, monkeypatch):
     assert len(entries) == 1100 and entries[0]["input"] == "freind --> friend"
     pairs = data.read_preferences("preferences")
     assert len(pairs) == 1100 and sum(pair["chosen"] == pair["rejected"] for pair in pairs) == 6
-    assert pairs[0]["prompt"] == entries[0]["instruction"] + "\n" + entries[0]["input"]
+    assert pairs[0]["prompt"] == entries[0]["instruction"] + "\n " + entries[0]["input"]
 
 
 def test_labelled_text_reads_alike_from_three_formats(tmp_path):
@@ -800,7 +800,7 @@ def test_prompts_have_the_published_form():
     assert data.format_prompt(bare, "alpaca") == book.split("\n\n### Input")[0] + "\n\n### Response:\n"
     assert data.format_prompt(entry, "plain") + data.format_response("Occasion.", "plain") == (
         "Identify the correct spelling.\n Ocassion\n> Occasion.")
-    asked = {"prompt": "Identify the correct spelling.\nOcassion"}
+    asked = {"prompt": data.prompt_of(entry)}
     assert data.format_prompt(asked, "plain") == data.format_prompt(entry, "plain")
     with pytest.raises(ValueError, match="alpaca, plain"):
         data.format_prompt(entry, "Alpaca")

@@ -37,7 +37,7 @@ def entries(n=60):
 @pytest.fixture(scope="module")
 def tokenizer():
     """Return a small byte-pair tokenizer."""
-    return BPETokenizer.train([sft.raw_prompt(entry) + " " + entry["output"] for entry in entries()], 300)
+    return BPETokenizer.train([sft.prompt_of(entry) + " " + entry["output"] for entry in entries()], 300)
 
 
 def small_model(tokenizer, seed=0, context_length=48, emb_dim=32, **options):
@@ -218,7 +218,7 @@ def test_batched_answers_equal_single_ones_in_the_order_asked(tokenizer):
     expected = [answer_alone(model, tokenizer, entry, 6) for entry in asked]
     assert sft.respond(model, tokenizer, asked, max_new_tokens=6, batch_size=7) == expected
     assert len(set(expected)) > 1
-    assert sft.respond(model, tokenizer, [sft.raw_prompt(asked[0])], max_new_tokens=6) == expected[:1]
+    assert sft.respond(model, tokenizer, [sft.prompt_of(asked[0])], max_new_tokens=6) == expected[:1]
 
 
 def test_a_response_ends_at_the_end_of_text(tokenizer):
@@ -281,7 +281,7 @@ def test_the_nearest_example_is_the_one_an_explicit_loop_finds():
     """TF-IDF cosines by sparse product against dictionaries, on prompts with words that training lacks."""
     asked = entries(60)
     known, new = asked[:45], asked[45:] + [{"instruction": "zebra unknown", "output": ""}]
-    bags = [Counter(re.findall(r"\w+|[^\w\s]", sft.raw_prompt(e))) for e in known + new]
+    bags = [Counter(re.findall(r"\w+|[^\w\s]", sft.prompt_of(e))) for e in known + new]
     often = Counter(word for bag in bags[:45] for word in bag)
     vectors = [{w: c * math.log(46 / often[w]) for w, c in bag.items() if w in often} for bag in bags]
 
@@ -327,7 +327,7 @@ def test_the_same_prompt_is_never_in_two_parts(work):
     """Thirty prompts, each asked twice with other answers: no prompt of the test is in training."""
     write("mine.json", [{**entry, "output": f"{n}"} for n in range(2) for entry in entries(30)])
     parts = sft.load_entries(sft.Config(data="mine.json"), "train", "val", "test")
-    prompts = [{sft.raw_prompt(entry) for entry in part} for part in parts]
+    prompts = [{sft.prompt_of(entry) for entry in part} for part in parts]
     assert sum(map(len, parts)) == 60 and not prompts[0] & prompts[1] and not (prompts[0] | prompts[1]) & prompts[2]
 
 

