@@ -183,7 +183,7 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
     `commands` maps a word to a function of the Config, the first being the default; those in `parallel` can be started
     by torchrun. As in gpt.run, a user's mistake is one line on stderr and status 2 (the command line alone is wrong, or
     would overwrite a run) or 1 (found later); a run that was stopped by a signal returns 130 or 143 after saving."""
-    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks for all
+    if process():  # of several processes the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     argv, script = list(sys.argv[1:] if argv is None else argv), os.path.basename(file)
     command_line, debug = shlex.join(["python", script, *argv]), "--debug" in argv
@@ -240,8 +240,8 @@ several = None  # in a run of several processes: the group for waits without lim
 
 
 def process():
-    """Return the number of this process, 0 for the first or only one."""
-    return int(os.environ.get("RANK", 0))
+    """Return the number of this process among those that torchrun started, 0 for the first or only one."""
+    return int(os.environ.get("RANK", 0)) % int(os.environ.get("WORLD_SIZE", 1))
 
 
 def processes():
@@ -250,30 +250,32 @@ def processes():
 
 
 def launch(config, command, supported):
-    """Join the processes that torchrun started; nothing to do for one.
+    """Join the processes that torchrun started; nothing to do for one, or where they were joined before.
 
     Raises ArgumentError for a command that runs in one process, and for more processes than GPUs."""
     global several
     count, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if count == 1:
+    if count == 1 or several:
         return
     if not supported:
         raise argparse.ArgumentError(None, f"{command} runs in one process; start it without torchrun")
     device = pick_device(config.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "mps" or device.type == "cuda" and (here > gpus or config.device not in ("auto", "cuda")):
-        raise argparse.ArgumentError(None, f"--nproc_per_node={here} with --device {config.device} on a machine with "
-                                           f"{gpus} GPUs for them; start as many as --device cuda has, or give "
-                                           "--device cpu")
+    if device.type == "mps" or config.device.startswith("cuda:"):
+        raise argparse.ArgumentError(None, f"--device {device} is one for {count} processes; give --device "
+                                           + ("cuda" if gpus else "cpu"))
+    if gpus and here > gpus:
+        raise argparse.ArgumentError(None, f"--nproc_per_node={here}, but this machine has {gpus} GPU"
+                                           f"{'s' * (gpus > 1)}; start one process for each, or give --device cpu")
     if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     limit, no_limit = datetime.timedelta(seconds=GUARD), datetime.timedelta(days=30)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=limit)
     several = dist.new_group(backend="gloo", timeout=no_limit)
 
 
 def leave():
-    """Return None when all processes are done, the first one's writing included."""
+    """Return None when all processes are done, what the first one does alone at the end included."""
     global several
     if several:
         wait()
@@ -283,12 +285,12 @@ def leave():
 
 @contextlib.contextmanager
 def lost():
-    """Turn a failed exchange, since another process ended or hangs, into a ConnectionError of one line."""
+    """Return a context that turns a failed exchange with the other processes into a ConnectionError of one line."""
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError("another process of this run ended, or was silent for over "
-                              f"{GUARD} s; --resume goes on from the last save") from error
+        raise ConnectionError(f"another process of this run ended, or was silent for {GUARD} s; --resume goes on from "
+                              "the last save") from error
 
 
 def wait():
@@ -309,9 +311,9 @@ def first(function, *args):
 
 
 def share(items):
-    """Return what this process computes of some items: every so-many-th, or none; alone all. No item comes twice.
+    """Return what this process computes of a sequence of items, none of which comes to two processes; alone, all.
 
-    Example: of range(5) in two processes [0, 2, 4] and [1, 3]"""
+    Example: of range(5) the first of two processes gets 0, 2, 4 and the second 1, 3; of range(1) the second gets none."""
     return items[process() :: processes()] if several else items
 
 
@@ -326,7 +328,7 @@ def together(value, op="sum"):
 
 
 def sum_gradients(model):
-    """Give every trainable parameter the sum of its gradients over all processes, 0 from one that had no rows.
+    """Return None after summing each trainable parameter's gradient over all processes, 0 for one that had no rows.
 
     Each loss was divided by the tokens of the whole batch, so the sum is the whole batch's gradient, however unequal
     the shares; DistributedDataParallel's mean of means would weigh a token by the process that it came to."""

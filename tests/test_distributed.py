@@ -78,10 +78,11 @@ def run(name, script, flags, fault):
     out = "dropout_stopped" if name == "dropout_resumed" else name
     argv = ["train", *flags.split(), "--out_dir", "two/" + out, "--resume"]
     status = {"train": train, "finetune_sft": finetune_sft}[script].main(argv)
-    train.leave()
+    train.wait()
     with open(f"{name}.{train.os.environ['RANK']}.json", "w") as file:
         json.dump({"status": status, "seen": seen, "weights": weights}, file)
 
+train.leave = train.wait  # the processes are joined once, for all runs
 time.sleep = lambda seconds: None  # the wait of the second process before it tells of an error
 for name, parts in json.load(open("runs.json")).items():
     run(name, *parts)
@@ -180,10 +181,7 @@ def test_two_processes_end_with_the_weights_and_losses_of_one(done, name):
 
 def test_shares_that_are_averaged_as_they_are_differ(done):
     """The control of the test above: the mean of the processes' means over 3 and 2 rows is another gradient."""
-    steps = RUNS["naive"]
-    RUNS["sound"] = (steps[0], steps[1], None)
-    expected = alone("sound")[1]
-    assert 1e-5 < (weights(done[1]["naive"]) - expected).abs().max()
+    assert (weights(done[1]["naive"]) - alone("naive")[1]).abs().max() > 1e-5
 
 
 def test_in_float32_the_loss_is_that_of_one_process(done):
@@ -215,8 +213,7 @@ def test_there_is_one_log_one_checkpoint_and_one_set_of_lines(done):
     """Each step is logged once, each run announced once, and the folder holds what a run of one process writes."""
     folder, _, err = done
     assert [step for step, _ in logged("two/adamw", "val_loss")] == [0, 5, 10, 12]
-    assert err.count("12 trainable") == 0 and err.count("pretrain: 12 steps") == sum(
-        script == "train" and name != "naive" for name, (script, _, _) in RUNS.items())
+    assert err.count("pretrain: ") == sum(script == "train" for script, _, _ in RUNS.values())
     assert sorted(os.listdir("two/adamw")) == [".lock", "curves.svg", "metrics.jsonl", "model.safetensors",
                                                "samples.txt", "state.pt", "summary.json"]
     assert json.loads(Path("two/adamw/summary.json").read_text(encoding="utf-8"))["processes"] == 2
@@ -266,21 +263,24 @@ def test_what_runs_in_one_process_says_so(monkeypatch, capsys, script, command, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("device, gpus", [("auto", 1), ("cuda", 1), ("cuda:1", 4)])
-def test_more_processes_than_gpus_are_refused(monkeypatch, capsys, device, gpus):
-    """One line with both numbers and the ways out."""
+@pytest.mark.parametrize("device, gpus, words", [
+    ("auto", 1, ("--nproc_per_node=2", "1 GPU;", "--device cpu")), ("cuda", 1, ("--nproc_per_node=2", "1 GPU;")),
+    ("cuda:1", 4, ("--device cuda:1 is one for 2 processes; give --device cuda",)),
+    ("mps", 0, ("--device mps is one for 2 processes; give --device cpu",))])
+def test_more_processes_than_devices_are_refused(monkeypatch, capsys, device, gpus, words):
+    """One line and status 2, with the number and a way out."""
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
-    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert train.main(["--device", device]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and all(word in err for word in ("--nproc_per_node=2", f"{gpus} GPU", "--device cpu"))
+    assert err.count("\n") == 1 and all(word in err for word in words)
 
 
 @pytest.mark.slow
 def test_an_error_is_told_once_and_a_signal_saves(tmp_path, monkeypatch):
-    """Through torchrun itself: SIGTERM stops both saved, a second run there is refused in one line, a kill ends all."""
+    """Through torchrun itself: SIGTERM stops both processes saved, a second run there is refused in one line."""
     monkeypatch.chdir(tmp_path)
     inputs()
     flags = TINY.replace("max_steps 12", "max_steps 100000").split()
@@ -295,9 +295,6 @@ def test_an_error_is_told_once_and_a_signal_saves(tmp_path, monkeypatch):
     process = torchrun(ROOT / "train.py", *flags, "--out_dir", "out")
     assert [line for line in process.communicate(timeout=60)[1].splitlines() if line.startswith("error:")] == [
         "error: out holds a run: --resume continues it, --fresh moves it aside"]
-    process = torchrun(ROOT / "train.py", *flags, "--out_dir", "out", "--resume", "--save_every", "10")
-    process.communicate(timeout=60)
-    assert process.returncode == 1  # --save_every is a saved option
 
 
 @pytest.mark.slow
