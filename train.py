@@ -313,7 +313,7 @@ def first(function, *args):
 def share(items):
     """Return what this process computes of a sequence of items, none of which comes to two processes; alone, all.
 
-    Example: of range(5) the first of two processes gets 0, 2, 4 and the second 1, 3; of range(1) the second gets none."""
+    Example: of range(5) the first of two processes gets 0, 2, 4 and the second 1, 3."""
     return items[process() :: processes()] if several else items
 
 

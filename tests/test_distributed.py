@@ -58,7 +58,8 @@ def run(name, script, flags, fault):
             seen.append([run.step, batch.tolist()])
             yield batch
     def close(run):
-        weights.extend([run.step, *map(float, torch.cat([t.flatten() for t in train.trainable_state(run.model).values()]))])
+        flat = torch.cat([t.flatten() for t in train.trainable_state(run.model).values()])
+        weights.extend([run.step, *flat.tolist()])
         real[5](run)
     def nan_here(logits, targets):
         broken = train.process() == 1 and train.Run.current.step == 7 and logits.requires_grad
