@@ -191,11 +191,11 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
     if command not in commands:
         print(f"error: unknown command {command!r}; one of: {', '.join(commands)}; see python {script} --help",
               file=sys.stderr)
-        return 2
+        return behind_first(2)
     try:
         config = Config(**vars(config_parser(Config, doc, script, commands).parse_args(argv)))
     except SystemExit as stop:
-        return stop.code
+        return behind_first(stop.code)
     config.command_line = command_line
     try:
         check_limits(config)
@@ -222,8 +222,7 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
         if Run.current is not None:
             Run.current.close()
         sys.stdout, sys.stderr = (sys.__stdout__, sys.__stderr__) if process() else (sys.stdout, sys.stderr)
-    if process():
-        time.sleep(10)  # what all processes meet the first one tells, and torchrun ends us; what is ours alone we tell
+    behind_first(status)
     print(message, file=sys.stderr)
     return status
 
@@ -298,6 +297,16 @@ def wait():
     if several:
         with lost():
             dist.barrier(several)
+
+
+def behind_first(status):
+    """Return an exit status, in all processes but the first after 10 s.
+
+    So a mistake that all of them meet is told once, by the first: when it has ended, torchrun ends the others. What one
+    of the others met alone it still tells."""
+    if process() and status:
+        time.sleep(10)
+    return status
 
 
 def first(function, *args):
