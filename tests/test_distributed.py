@@ -290,11 +290,11 @@ def test_an_error_is_told_once_and_a_signal_saves(tmp_path, monkeypatch):
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=120)[1]
     step = train.read_state("out/state.pt")["step"]
     assert step > 0 and err.count(f"stopped: out is saved at step {step} of") == 1
     process = torchrun(ROOT / "train.py", *flags, "--out_dir", "out")
-    assert [line for line in process.communicate(timeout=60)[1].splitlines() if line.startswith("error:")] == [
+    assert [line for line in process.communicate(timeout=120)[1].splitlines() if line.startswith("error:")] == [
         "error: out holds a run: --resume continues it, --fresh moves it aside"]
 
 
@@ -309,7 +309,7 @@ def test_a_killed_process_ends_the_run_and_the_state_is_good(tmp_path, monkeypat
     Path("killed.py").write_text(code, encoding="utf-8")
     flags = [*TINY.replace("max_steps 12", "max_steps 40").split(), "--save_every", "8", "--out_dir", "out"]
     process = torchrun("killed.py", ROOT, *flags)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert "error: another process of this run ended" in err
     assert train.read_state("out/state.pt")["step"] == 16
