@@ -5,6 +5,7 @@
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond             answer a test set; --prompt "What is the plural of fox?" answers that
     python finetune_sft.py chat                type instructions, read answers; \\n in a line starts the input
+    torchrun --standalone --nproc_per_node=2 finetune_sft.py     training in two processes, see train.py
     python finetune_sft.py evaluate            the table of scores, tuned model beside the one it started from
     python finetune_sft.py evaluate --judge ollama --judge_model llama3       and a grade by a larger model
 
@@ -60,8 +61,8 @@ import torch.nn.functional as F
 from data import (TEMPLATES, collate_instructions, epoch_order, exact_match, format_prompt, format_response,
                   prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
-from train import (Options, Run, autocast, draw_curves, load_start, make_optimizers, option, run_script, total_steps,
-                   write_json)
+from train import (Options, Run, autocast, draw_curves, first, load_start, make_optimizers, option, process, run_script,
+                   share, together, total_steps, wait, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
 TINYWORLD = {"train": 72_000, "val": 520, "test": 2_000}  # examples by default: what five minutes have time for
@@ -303,11 +304,12 @@ def perplexity(model, items, tokenizer, context):
 
 
 @torch.no_grad()
-def evaluate_loss(model, items, tokenizer, context, batch_size=64):
-    """Return the mean loss in nats a counted token, over all examples."""
+def evaluate_loss(model, items, tokenizer, context, batch_size=64, shared=False):
+    """Return the mean loss in nats a counted token, over all examples, `shared` among the processes or not."""
     was_training = model.training
     model.eval()
     items, total, count = sorted(items, key=lambda item: len(item[0])), 0.0, 0
+    items = share(items) if shared else items
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
         ids, targets, _ = make_batch(batch, tokenizer, model.config.context_length, device=model.device)
@@ -315,6 +317,7 @@ def evaluate_loss(model, items, tokenizer, context, batch_size=64):
             total += response_loss(model, ids, targets).item()
         count += (targets != IGNORE).sum().item()
     model.train(was_training)
+    total, count = (together(total), together(count)) if shared else (total, count)
     return total / count
 
 
@@ -747,8 +750,16 @@ def report_data(config, parts, items, reports, length):
 
 def evaluate_and_keep(run, model, tokenizer, items, entries, config, context, tokenizer_dict):
     """Evaluate on the validation part, keep the weights or adapters if they are the best so far, log, sample, draw."""
-    loss = evaluate_loss(model, items, tokenizer, context)
+    loss = evaluate_loss(model, items, tokenizer, context, shared=True)
     better = run.best(loss)
+    if process() == 0:
+        write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, loss, better)
+    wait()
+    run.loss_sum, run.count = (run.loss_sum, run.count) if run.step == run.total else (0.0, 0)
+
+
+def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, loss, better):
+    """Log, show and draw an evaluation with two answers, and keep the weights or adapters if they are the best."""
     run.log(val_loss=loss)
     if better and config.lora_rank:
         from lora import save_lora
@@ -766,7 +777,6 @@ def evaluate_and_keep(run, model, tokenizer, items, entries, config, context, to
             file.write(f"instruction: {prompt_of(entry)}\nreference: {entry['output']}\nresponse: {text}\n\n")
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", "Instruction tuning", curves, y_label="loss, nats a response token")
-    run.loss_sum, run.count = (run.loss_sum, run.count) if run.step == run.total else (0.0, 0)
 
 
 def made_here(run, config, loss):
@@ -795,7 +805,7 @@ def train(config):
         one = copy.copy(config)
         one.seed, one.out_dir = seed, config.out_dir if seed == config.seed else f"{config.out_dir}/seed{seed}"
         summaries.append(train_once(one))
-    if config.seeds > 1:
+    if config.seeds > 1 and process() == 0:
         summary = {**summaries[0], **over_seeds(summaries)}
         write_json(Path(config.out_dir, "summary.json"), summary)
         print(f"{config.seeds} seeds: exact match {summary['exact_match_mean']:.1%}, standard deviation "
@@ -822,13 +832,13 @@ def train_once(config):
     device = pick_device(config.device)
     context = autocast(config, device)
     torch.manual_seed(config.seed)
-    model, tokenizer, _, config = open_model(config, config.init)
+    model, tokenizer, _, config = first(open_model, config, config.init)
     model = (add_adapters(model, config) if config.lora_rank else model).to(device)
     length = model.config.context_length
     run = Run(config, "sft")
     if summary := run.finished():
         return summary
-    parts = dict(zip(("train", "val", "test"), load_entries(config, "train", "val", "test")))
+    parts = dict(zip(("train", "val", "test"), first(load_entries, config, "train", "val", "test")))
     encoded = {part: encode_entries(entries, tokenizer, config.template, length, config.mask_prompt or part == "test")
                for part, entries in parts.items()}
     items, reports = ({part: pair[number] for part, pair in encoded.items()} for number in (0, 1))
@@ -849,21 +859,24 @@ def train_once(config):
         keep()
     for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
         order = batch_order(items["train"], config, epoch)
-        for batch in run.batches(order, config.batch_size):  # 2. each batch
+        for batch in run.batches(order, config.batch_size):  # 2. each batch, of several processes this one's share
             model.zero_grad(set_to_none=True)  # 3. clear gradients
             pieces = [make_batch([items["train"][i] for i in part.tolist()], tokenizer, length, config.pack, device)
-                      for part in batch.chunk(config.accumulate)]
-            batch_loss, tokens = 0.0, sum((targets != IGNORE).sum().item() for _, targets, _ in pieces)
+                      for part in batch.chunk(config.accumulate) if len(part)]
+            batch_loss, tokens = 0.0, together(sum((targets != IGNORE).sum().item() for _, targets, _ in pieces))
             for ids, targets, mask in pieces:
                 with context:
                     loss = response_loss(model, ids, targets, mask) / tokens  # 4. loss
                 loss.backward()  # 5. backward
                 batch_loss += loss.item()
+            batch_loss = together(batch_loss)
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
                 keep()
             run.end_step()
+    if process():
+        return run.close()  # the first process answers the test set and writes the summary
     return finish(run, parts["test"], items["test"], tokenizer, config, context, report, nearest)
 
 
@@ -1063,7 +1076,7 @@ def print_bounds(what, result, scale, unit):
 def main(argv=None):
     """Run the command line and return its exit status."""
     commands = {"train": train, "respond": respond_command, "chat": chat, "evaluate": evaluate}
-    return run_script(__doc__, Config, commands, argv, __file__)
+    return run_script(__doc__, Config, commands, argv, __file__, parallel=("train",))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ exact resume.
                                                            --schedule constant, a finished one with more --max_steps
     python train.py evaluate --checkpoint out/pretrain/model.safetensors --data my.txt
     python train.py report                                 out/report.html: every stage in out/ on one page, 5 seconds
+    torchrun --standalone --nproc_per_node=2 train.py      two processes share the work: one for each GPU, or on CPUs
 
 Reads text (see data.py) and a tokenizer. Writes into --out_dir: model.safetensors (the weights with the best
 validation loss, with config and tokenizer: all that generation needs), state.pt (what --resume needs),
@@ -17,6 +18,9 @@ The log line shows: step, loss (nats a token, mean since the last line), rate (l
 before clipping), tok/s, and the time left. An untrained model scores about ln(vocabulary) nats a token. The validation
 loss is over the whole validation split, every window once. Perplexity is exp(loss); bits per byte are
 loss x tokens / (ln 2 x bytes), which can be compared between tokenizers.
+
+Under torchrun each process computes its rows of every batch, so --batch_size stays the sequences of an update and the
+result is that of one process, to rounding; a run may go on with another number of them. All must see the same disk.
 
 A finetuning script imports this file for the machinery and keeps a loop of its own, with the same eight numbered steps.
 
@@ -28,6 +32,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import html
 import itertools
 import json
@@ -46,8 +51,9 @@ from pathlib import Path
 
 import gpt  # first, because it quiets torch's warning about numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from data import SlidingWindowDataset, epoch_order, format_prompt, load_tokens, prepare, texts, token_info
+from data import SlidingWindowDataset, epoch_order, format_prompt, load_tokens, prepare, seeded, texts, token_info
 from gpt import GPT_CONFIGS, GPTModel, Parser, explain, pick_device, replacing
 from tokenizer import from_dict, load_tokenizer, show
 
@@ -171,27 +177,31 @@ def check_limits(config):
         raise argparse.ArgumentError(None, "--resume continues a run and --fresh starts anew: choose one")
 
 
-def run_script(doc, Config, commands, argv=None, file=__file__):
+def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
     """Run `script.py [command] [flags]` for a training script and return the exit status.
 
-    `commands` maps a word to a function of the Config, the first being the default. As in gpt.run, a user's mistake
-    is one line on stderr and status 2 (the command line alone is wrong, or would overwrite a run) or 1 (found later);
-    a run that was stopped by a signal returns 130 or 143 after saving."""
+    `commands` maps a word to a function of the Config, the first being the default; those in `parallel` can be started
+    by torchrun. As in gpt.run, a user's mistake is one line on stderr and status 2 (the command line alone is wrong, or
+    would overwrite a run) or 1 (found later); a run that was stopped by a signal returns 130 or 143 after saving."""
+    if process():  # of several processes the first one speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     argv, script = list(sys.argv[1:] if argv is None else argv), os.path.basename(file)
     command_line, debug = shlex.join(["python", script, *argv]), "--debug" in argv
     command = argv.pop(0) if argv and not argv[0].startswith("-") else next(iter(commands))
     if command not in commands:
         print(f"error: unknown command {command!r}; one of: {', '.join(commands)}; see python {script} --help",
               file=sys.stderr)
-        return 2
+        return behind_first(2)
     try:
         config = Config(**vars(config_parser(Config, doc, script, commands).parse_args(argv)))
     except SystemExit as stop:
-        return stop.code
+        return behind_first(stop.code)
     config.command_line = command_line
     try:
         check_limits(config)
+        launch(config, f"{script} {command}", command in parallel)
         commands[command](config)
+        leave()
         return 0
     except Stopped as stopped:
         print(f"\nstopped: {stopped}", file=sys.stderr)
@@ -207,11 +217,138 @@ def run_script(doc, Config, commands, argv=None, file=__file__):
             raise
         if memory:
             error = "out of memory; lower --batch_size or --context_length, or raise --accumulate"
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, argparse.ArgumentError) else 1
+        message, status = f"error: {explain(error)}", 2 if isinstance(error, argparse.ArgumentError) else 1
     finally:
         if Run.current is not None:
             Run.current.close()
+        sys.stdout, sys.stderr = (sys.__stdout__, sys.__stderr__) if process() else (sys.stdout, sys.stderr)
+    behind_first(status)
+    print(message, file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each computes its share of every batch, the first one does all the writing
+#
+# There is no DistributedDataParallel around the model: every gradient is summed once an update, when its last piece is
+# computed. So nothing is sent between the pieces of --accumulate, and tied weights, Muon and adapters need no thought;
+# given up is sending the gradients of late layers while those of early ones are still computed.
+
+GUARD = 60  # seconds that a process may be behind the others in a step before the run is ended
+several = None  # in a run of several processes: the group for waits without limit, while the first one works alone
+
+
+def process():
+    """Return the number of this process among those that torchrun started, 0 for the first or only one."""
+    return int(os.environ.get("RANK", 0)) % int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes():
+    """Return how many processes work on this run, 1 where none were joined by `launch`."""
+    return dist.get_world_size() if several else 1
+
+
+def launch(config, command, supported):
+    """Join the processes that torchrun started; nothing to do for one, or where they were joined before.
+
+    Raises ArgumentError for a command that runs in one process, and for more processes than GPUs."""
+    global several
+    count, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if count == 1 or several:
+        return
+    if not supported:
+        raise argparse.ArgumentError(None, f"{command} runs in one process; start it without torchrun")
+    device = pick_device(config.device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "mps" or config.device.startswith("cuda:"):
+        raise argparse.ArgumentError(None, f"--device {device} is one for {count} processes; give --device "
+                                           + ("cuda" if gpus else "cpu"))
+    if gpus and here > gpus:
+        raise argparse.ArgumentError(None, f"--nproc_per_node={here}, but this machine has {gpus} GPU"
+                                           f"{'s' * (gpus > 1)}; start one process for each, or give --device cpu")
+    if gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    limit, no_limit = datetime.timedelta(seconds=GUARD), datetime.timedelta(days=30)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=limit)
+    several = dist.new_group(backend="gloo", timeout=no_limit)
+
+
+def leave():
+    """Return None when all processes are done, what the first one does alone at the end included."""
+    global several
+    if several:
+        wait()
+        dist.destroy_process_group()
+    several = None
+
+
+@contextlib.contextmanager
+def lost():
+    """Return a context that turns a failed exchange with the other processes into a ConnectionError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"another process of this run ended, or was silent for {GUARD} s; --resume goes on from "
+                              "the last save") from error
+
+
+def wait():
+    """Return None when all processes have come here, however long the first one works alone before."""
+    if several:
+        with lost():
+            dist.barrier(several)
+
+
+def behind_first(status):
+    """Return an exit status, in all processes but the first after 10 s.
+
+    So a mistake that all of them meet is told once, by the first: when it has ended, torchrun ends the others. What one
+    of the others met alone it still tells."""
+    if process() and status:
+        time.sleep(10)
+    return status
+
+
+def first(function, *args):
+    """Return function(*args), called in the first process before the others, which find the files that it made."""
+    if process():
+        wait()
+    result = function(*args)
+    if not process():
+        wait()
+    return result
+
+
+def share(items):
+    """Return what this process computes of a sequence of items, none of which comes to two processes; alone, all.
+
+    Example: of range(5) the first of two processes gets 0, 2, 4 and the second 1, 3."""
+    return items[process() :: processes()] if several else items
+
+
+def together(value, op="sum"):
+    """Return the sum (or `op="max"`) of a number over all processes, the same in each; an int stays one."""
+    if not several:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    with lost():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return type(value)(tensor.item())
+
+
+def sum_gradients(model):
+    """Return None after summing each trainable parameter's gradient over all processes, 0 for one that had no rows.
+
+    Each loss was divided by the tokens of the whole batch, so the sum is the whole batch's gradient, however unequal
+    the shares; DistributedDataParallel's mean of means would weigh a token by the process that it came to."""
+    if not several:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    with lost():
+        dist.all_reduce(flat)
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = grad.view_as(parameter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,8 +575,18 @@ class Run:
         self.config, self.stage, self.folder = config, stage, Path(config.out_dir)
         self.step = self.total = self.tokens = self.bad_evaluations = self.count = 0
         self.best_value, self.seconds, self.train_seconds, self.loss_sum = math.inf, 0.0, 0.0, 0.0
-        self.recent, self.clock, self.state, self.stop_signal = [], None, None, 0
+        self.recent, self.clock, self.state, self.stop_signal, self.lock_file = [], None, None, 0, None
         self.kept = {}  # plain values of the script's own that a resumed run needs
+        if process() == 0:
+            self.open()
+        wait()
+        if together(int(self.state is not None), "max") and self.state is None:  # the first process found one
+            self.state = read_state(self.folder / "state.pt")
+        Run.current = self
+
+    def open(self):
+        """Lock the folder and read what an earlier part of the run saved there; only the first process does."""
+        config = self.config
         if config.fresh and self.exists():
             self.lock()  # not from under a process that works there
             self.lock_file.close()
@@ -517,23 +664,30 @@ class Run:
             self.save()  # before any other file, so that what was killed at whatever moment can be resumed
         else:
             self.restore(self.state)
-            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is made longer now
+            if process() == 0:
+                (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is made longer now
         if self.config.warmup_steps >= total:
             print(f"warning: --warmup_steps {self.config.warmup_steps} for a run of {total} steps: the learning rate "
                   "rises to the very end; give fewer", file=sys.stderr)
         if self.config.patience and self.bad_evaluations >= self.config.patience:  # it had stopped early
             self.total = self.step
-        metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if self.step and metrics.exists() else []
-        with replacing(metrics) as file:  # what a stopped run logged after its last save is going to be logged again
-            file.write("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step).encode())
+        if process() == 0:
+            self.cut_log()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{self.stage}: {total} steps, {trainable:,} trainable parameters"
-              + (f", resumed at step {self.step}" if self.step else ""), file=sys.stderr)
+              + (f", resumed at step {self.step}" if self.step else "")
+              + (f", {processes()} processes" if several else ""), file=sys.stderr)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: nobody signals us there
                 signal.signal(number, self.on_signal)
         self.clock = time.monotonic()
+
+    def cut_log(self):
+        """Take from metrics.jsonl what a stopped run logged after its last save: it is going to be logged again."""
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if self.step and metrics.exists() else []
+        with replacing(metrics) as file:
+            file.write("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step).encode())
 
     def on_signal(self, number, frame):
         """Ask the loop to stop, and let a second signal do its usual work."""
@@ -556,13 +710,19 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        for number, rng in zip(range(torch.cuda.device_count()), state["cuda_rng"]):  # as many GPUs as both have
+            torch.cuda.set_rng_state(rng, number)
         for key, value in state["progress"].items():
             setattr(self, key, value)
 
     def save(self):
-        """Write state.pt: everything that `start` puts back."""
+        """Write state.pt: everything that `start` puts back. Several processes hold the same, the first one writes."""
+        if process() == 0:
+            self.write_state()
+        wait()
+
+    def write_state(self):
+        """Write state.pt."""
         progress = ("step", "tokens", "best_value", "bad_evaluations", "loss_sum", "count", "train_seconds", "kept")
         cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state = {"format": 1, "step": self.step, "options": saved_options(self.config),
@@ -578,13 +738,18 @@ class Run:
         return self.seconds + (0 if self.clock is None else time.monotonic() - self.clock)
 
     def batches(self, order, batch_size):
-        """Yield the batches of one epoch that are still to be done: pieces of `order`, the shuffled indices."""
+        """Yield the batches of one epoch that are still to be done: pieces of `order`, the shuffled indices.
+
+        One of several processes gets its share of each, which may be empty. All but the first draw dropout from numbers
+        of their own, made from the step alone, so that a resumed run draws the same."""
         per_epoch = math.ceil(len(order) / batch_size)
         for number in range(self.step % per_epoch, per_epoch):
             if self.step >= self.total:
                 return
             self.step_clock = time.monotonic()
-            yield order[number * batch_size : (number + 1) * batch_size]
+            if process():
+                torch.manual_seed(seeded("process", self.config.seed, self.step, process()).initial_seed())
+            yield share(order[number * batch_size : (number + 1) * batch_size])
 
     def update(self, loss, tokens):
         """Clip the gradients, set the rate, update the weights; return (gradient norm, rate).
@@ -597,6 +762,7 @@ class Run:
     def apply(self, loss):
         """Do what `update` does without counting a step, for a step that consists of several updates."""
         config = self.config
+        sum_gradients(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -632,6 +798,8 @@ class Run:
 
     def log(self, **values):
         """Append one JSON line with the step to metrics.jsonl."""
+        if process():
+            return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
 
@@ -650,11 +818,12 @@ class Run:
         return better
 
     def end_step(self):
-        """Save where it is due, and stop where a signal asked for it."""
-        if self.stop_signal:
+        """Save where it is due, and stop where a signal asked for it, all processes at the same step."""
+        stop_signal = together(self.stop_signal, "max")
+        if stop_signal:
             self.save()
             raise Stopped(f"{self.folder} is saved at step {self.step} of {self.total}; --resume continues",
-                          self.stop_signal)
+                          stop_signal)
         if self.due(self.config.save_every):
             self.save()
 
@@ -669,18 +838,23 @@ class Run:
                    "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                    "optimizer_bytes": optimizer_bytes, "peak_memory_bytes": peak_memory(),
                    "step_seconds": round(self.train_seconds / max(1, self.step), 5), **figures}
-        write_json(self.folder / "summary.json", summary)
+        if several:
+            summary["processes"] = processes()
+        if process() == 0:
+            write_json(self.folder / "summary.json", summary)
         self.close()
         return summary
 
     def close(self):
         """Give back the folder and the signals; of a run that failed before its first step and model nothing stays."""
-        if self.clock is not None and self.step == 0 and not (self.folder / "model.safetensors").exists():
+        fresh = self.clock is not None and self.step == 0 and not (self.folder / "model.safetensors").exists()
+        if fresh and process() == 0:
             (self.folder / "state.pt").unlink(missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        self.lock_file.close()
+        if self.lock_file:
+            self.lock_file.close()
         Run.current = None
 
     def metrics(self, key):
@@ -812,22 +986,24 @@ def total_steps(config, per_epoch):
 
 def next_token_loss(logits, targets):
     """Return the summed cross-entropy in nats: logits (B, T, V), targets (B, T) -> (); targets of -100 do not count."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=gpt.IGNORE, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for a sum of many
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=gpt.IGNORE, reduction="sum")
 
 
 @torch.no_grad()
 def evaluate_loss(model, windows, batch_size=32, context=contextlib.nullcontext()):
-    """Return (mean loss in nats a token, number of tokens) over every window once."""
+    """Return (mean loss in nats a token, number of tokens) over every window once, shared among the processes."""
     was_training = model.training
     model.eval()
-    total = count = 0
-    for start in range(0, len(windows), batch_size):
-        ids, targets = (t.to(model.device) for t in windows.batch(range(start, min(start + batch_size, len(windows)))))
+    total, count, mine = 0.0, 0, share(range(len(windows)))
+    for start in range(0, len(mine), batch_size):
+        ids, targets = (t.to(model.device) for t in windows.batch(mine[start : start + batch_size]))
         with context:
             logits = model(ids)
         total += next_token_loss(logits, targets).item()
         count += (targets != gpt.IGNORE).sum().item()
     model.train(was_training)
+    total, count = together(total), together(count)
     return total / count, count
 
 
@@ -850,6 +1026,15 @@ def evaluate_and_keep(run, model, tokenizer, windows, config, context):
     """Evaluate on the whole validation split, keep the weights if they are the best so far, log and draw it all."""
     loss, tokens = evaluate_loss(model, windows, context=context)
     better = run.best(loss)
+    if process() == 0:
+        write_evaluation(run, model, tokenizer, config, loss, better)
+    wait()
+    if run.step < run.total:
+        run.loss_sum, run.count = 0.0, 0
+
+
+def write_evaluation(run, model, tokenizer, config, loss, better):
+    """Log, show and draw an evaluation with a sample, and keep the weights if they are the best."""
     text = sample_text(model, tokenizer, config) if config.sample_tokens else ""
     run.log(val_loss=loss, **({"train_loss": run.loss_sum / run.count} if run.count else {}), sample=text)
     if better:
@@ -863,8 +1048,6 @@ def evaluate_and_keep(run, model, tokenizer, windows, config, context):
             file.write("".join(f"--- step {step}\n{text}\n" for step, text in run.metrics("sample")).encode())
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", "Pretraining", curves)
-    if run.step < run.total:
-        run.loss_sum, run.count = 0.0, 0
 
 
 def train(config):
@@ -876,11 +1059,11 @@ def train(config):
         check_sizes(config)
     torch.manual_seed(config.seed)
     if config.init == "scratch":
-        tokenizer = pretraining_tokenizer(config)
+        tokenizer = first(pretraining_tokenizer, config)
         model = new_model(config, tokenizer)
     else:
-        model, tokenizer, _ = load_start(config, "python train.py")  # its weights know no other tokenizer
-    folder = prepare(config.data, tokenizer)
+        model, tokenizer, _ = first(load_start, config, "python train.py")  # its weights know no other tokenizer
+    folder = first(prepare, config.data, tokenizer)
     model.to(device)
     config = copy.copy(config)  # the caller's stays as it is
     config.learning_rate = default_rate(config, model) if config.learning_rate < 0 else config.learning_rate
@@ -899,16 +1082,17 @@ def train(config):
         evaluate_and_keep(run, model, tokenizer, val_windows, config, context)
     for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
         order = epoch_order(len(windows), config.seed, epoch)
-        for batch in run.batches(order, config.batch_size):  # 2. each batch
+        for batch in run.batches(order, config.batch_size):  # 2. each batch, of several processes this one's share
             model.zero_grad(set_to_none=True)  # 3. clear gradients
             all_ids, all_targets = (t.to(device, non_blocking=True) for t in windows.batch(batch))
-            batch_loss, tokens = 0.0, (all_targets != gpt.IGNORE).sum().item()
+            batch_loss, tokens = 0.0, together((all_targets != gpt.IGNORE).sum().item())
             for ids, targets in zip(all_ids.chunk(config.accumulate), all_targets.chunk(config.accumulate)):
                 with context:
                     logits = forward(ids)
                 loss = next_token_loss(logits, targets) / tokens  # 4. loss
                 loss.backward()  # 5. backward
                 batch_loss += loss.item()
+            batch_loss = together(batch_loss)
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
@@ -1150,7 +1334,8 @@ def report(config):
 
 def main(argv=None):
     """Run the command line and return its exit status."""
-    return run_script(__doc__, Config, {"train": train, "evaluate": evaluate, "report": report}, argv)
+    return run_script(__doc__, Config, {"train": train, "evaluate": evaluate, "report": report}, argv,
+                      parallel=("train",))
 
 
 if __name__ == "__main__":
