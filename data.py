@@ -476,8 +476,8 @@ def texts(source):
 
     A source is a dataset's name (which goes before a file of that name), tinyworld/instructions (its questions and
     answers), a file, a folder (its .txt, .md, .py and .jsonl files in order of their paths, hidden ones left out), a
-    .jsonl file (one document a line), or a mix `a:0.3,b:0.7`: 30% of the characters from a, 70% from b, taken in turns and ended when one of them runs out; files
-    of a mix come as documents of about 4,000 characters."""
+    .jsonl file (one document a line), or a mix `a:0.3,b:0.7`: 30% of the characters from a, 70% from b, taken in turns
+    and ended when one of them runs out; files of a mix come as documents of about 4,000 characters."""
     for _, document in itertools.groupby(pieces(source), key=lambda item: item[0]):
         yield "".join(piece for _, piece in document)
 
@@ -1770,7 +1770,7 @@ def _wrong(rng, entry, split):
 def _response(rng, entry, split):
     """A response of any quality to the prompt of an example."""
     text = entry["answer"] if rng.random() < 0.94 else _wrong(rng, entry, split)
-    style = rng.choice("courteous courteous courteous bare bare curt curt rambling cut padded".split())
+    style = rng.choice("courteous courteous courteous bare bare curt rambling cut padded padded".split())
     if style == "padded":
         for _ in range(rng.choice((2, 2, 3, 4))):
             text = _put(text, rng.choice(MANNERS["courteous"]))
