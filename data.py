@@ -771,7 +771,7 @@ def text_field(entry, key, where):
     return clean
 
 
-def read_labelled(source):
+def read_labelled(source, labels=None):
     """Return the rows of a labelled file or dataset as (label, text) pairs of strings.
 
     Formats by name: .csv with a header naming `label` and `text`; .json and .jsonl with these keys; anything else is
@@ -788,9 +788,12 @@ def read_labelled(source):
     for where, *row in rows:
         if len(row) != 2 or not row[0].strip() or not row[1].strip():
             raise ValueError(f"{where}: expected a label and a text, got {' and '.join(map(repr, row))[:80]}")
-        pairs.append((row[0].strip(), row[1]))
-    if pairs[:1] == [("label", "text")]:  # a header
-        pairs = pairs[1:]
+        pair = row[0].strip(), row[1]
+        if not pairs and tuple(map(str.lower, pair)) == ("label", "text"):  # a header
+            continue
+        if labels is not None and pair[0] not in labels:
+            raise ValueError(f"{where}: the label {pair[0]!r}; the model knows {', '.join(labels)}")
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path} is empty: it holds no rows")
     return pairs
@@ -798,18 +801,20 @@ def read_labelled(source):
 
 def csv_rows(path):
     """Yield (where, label, text) of a .csv file with a header; strict, so that a lost quote cannot swallow rows."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader, start = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
     try:
         header = next(reader)
         if not {"label", "text"} <= set(header):
             raise ValueError(f"{path}: the first row must name the columns label and text, got {header}")
+        start = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
-                raise ValueError(f"{path} row {reader.line_num}: {len(row)} columns, expected {len(header)}")
+                raise ValueError(f"{path} row {start}: {len(row)} columns, expected {len(header)}")
             if row:
-                yield f"{path} row {reader.line_num}", row[header.index("label")], row[header.index("text")]
+                yield f"{path} row {start}", row[header.index("label")], row[header.index("text")]
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path} row {reader.line_num}: {error}") from None
+        raise ValueError(f"{path} row {start}: {error}") from None
 
 
 def read_instructions(source):

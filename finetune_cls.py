@@ -34,6 +34,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -130,7 +131,11 @@ def read_parts(config):
     """Return (parts, labels): the rows of train, val and test, and the sorted names of the classes.
 
     Raises ValueError where there are fewer than two classes, or one is so rare that training lacks it."""
+    if config.val_share + config.test_share > 0.999:
+        raise argparse.ArgumentError(None, "--val_share and --test_share together leave nothing to train on")
     if config.data == "tinyworld":
+        if (config.val_share, config.test_share) != (Config.val_share, Config.test_share):
+            raise argparse.ArgumentError(None, "--val_share, --test_share: tinyworld has parts of its own")
         parts = [thinned(tinyworld("messages", name, seed=config.seed), config, name)
                  for name in PARTS]
     else:
@@ -292,6 +297,9 @@ def start_model(config, texts, labels):
         model, made = new_model(config, tokenizer), {}
     else:
         model, tokenizer, made = load_start(config, "python train.py")
+        for name in ("tokenizer", "vocab_size", "model", "emb_dim", "n_layers", "n_heads"):
+            if getattr(config, name) != getattr(Config, name):
+                raise argparse.ArgumentError(None, f"--{name} is for --init scratch; {config.init} brings its own")
     if made.get("kind") == "classifier":
         if made["labels"] != labels:
             raise ValueError(f"--init {config.init} has a head for the {len(made['labels'])} labels "
@@ -392,12 +400,12 @@ def class_figures(matrix):
     return figures
 
 
-def f1_score(matrix):
-    """Return the F1 of the rarer of two classes, or the mean over more (macro F1)."""
+def f1_score(matrix, positive=None):
+    """Return the F1 of class `positive` of two (default: the rarer one here), or the mean over more (macro F1)."""
     scores = [f1 for _, _, f1 in class_figures(matrix)]
     if len(scores) > 2:
         return statistics.fmean(scores)
-    return scores[0] if sum(matrix[0]) < sum(matrix[1]) else scores[1]
+    return scores[int(sum(matrix[0]) >= sum(matrix[1])) if positive is None else positive]
 
 
 def calibration_error(confidences, correct, bins=10):
@@ -436,7 +444,7 @@ def naive_bayes(train_rows, texts):
     return [max(sorted(classes), key=lambda label: score(label, known)) for known in documents]
 
 
-def figures_of(logits, messages, labels):
+def figures_of(logits, messages, labels, positive=None):
     """Return the figures of predictions, logits (N, classes), on a part of the split, as a dict for summary.json."""
     rows = messages.rows
     probabilities = logits.float().softmax(dim=1)
@@ -447,7 +455,7 @@ def figures_of(logits, messages, labels):
     wrong = sorted((i for i in range(len(rows)) if not correct[i]), key=lambda i: -confidences[i])[:10]
     return {
         "loss": F.cross_entropy(logits.float(), messages.labels).item(), "accuracy": sum(correct) / len(correct),
-        "accuracy_interval": interval(sum(correct), len(correct)), "f1": f1_score(matrix),
+        "accuracy_interval": interval(sum(correct), len(correct)), "f1": f1_score(matrix, positive),
         "calibration_error": calibration_error(confidences, correct), "confusion": matrix,
         "classes": {label: {"messages": sum(row), "precision": p, "recall": r, "f1": f1}
                     for label, row, (p, r, f1) in zip(labels, matrix, class_figures(matrix))},
@@ -562,7 +570,7 @@ def compare_with_baselines(logits, parts, made):
     right, right_too = (logits.argmax(dim=1) == test.labels).tolist(), [a == b for a, b in zip(guesses, truth)]
     ahead, behind = sum(a > b for a, b in zip(right, right_too)), sum(a < b for a, b in zip(right, right_too))
     mean, low, high = difference(ahead, behind, len(truth))
-    return {"naive_bayes_accuracy": sum(right_too) / len(truth), "naive_bayes_f1": f1_score(matrix),
+    return {"naive_bayes_accuracy": sum(right_too) / len(truth), "naive_bayes_f1": f1_score(matrix, made["positive"]),
             "majority_accuracy": sum(a == b for a, b in zip(usual, truth)) / len(truth),
             "ahead_of_naive_bayes": mean, "ahead_interval": (low, high), "only_right": ahead,
             "only_naive_bayes_right": behind}
@@ -590,6 +598,8 @@ def prepare(config, device):
     for the last."""
     rows, labels = read_parts(config)
     made = {"labels": labels, **{key: getattr(config, key) for key in ("pooling", "lowercase", "strip_punctuation")}}
+    counts = Counter(label for part in rows for label, _ in part)
+    made["positive"] = labels.index(min(reversed(labels), key=counts.get))  # the rarer class, whose F1 is reported
     torch.manual_seed(config.seed)
     model, tokenizer, language_head = start_model(config, [clean(text, made) for _, text in rows[0]], labels)
     parts = {name: Messages(part, tokenizer, made, model.config.context_length) for name, part in zip(PARTS, rows)}
@@ -607,6 +617,8 @@ def train(config):
     context = autocast(config, device)
     model, tokenizer, made, parts, language_head = prepare(config, device)
     frozen = choose_trained(model, config)
+    if config.lm_weight and (frozen == model.config.n_layers or config.pooling == "position"):
+        raise argparse.ArgumentError(None, "--lm_weight needs blocks that train and a --pooling other than position")
     if config.token_dropout and (frozen is not None or tokenizer.eot_id is None):
         raise argparse.ArgumentError(None, "--token_dropout needs --train_layers all and a tokenizer with an "
                                            "end-of-text token, which stands for what is hidden")
@@ -619,12 +631,19 @@ def train(config):
     messages = parts["train"]
     per_epoch = math.ceil(len(messages.ids) / config.batch_size)
     fingerprint = json_sha256([part.rows for part in parts.values()])
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            digest.update(gpt.tensor_bytes(parameter.detach().cpu()))
+    run.kept["frozen"] = digest.hexdigest()
+    if run.state and run.state["progress"]["kept"].get("frozen", run.kept["frozen"]) != run.kept["frozen"]:
+        raise ValueError(f"--init {config.init} is no longer what {run.folder} was started from; --fresh starts anew")
     run.start(model, make_optimizers(model, config), total_steps(config, per_epoch), fingerprint)
     evaluate_now = functools.partial(evaluate_and_keep, run, model, tokenizer, made, parts, frozen, context)
     if config.compile:
         for block in model.trf_blocks:
             block.compile(dynamic=True)
-    if run.step == 0:
+    if run.step == 0 and config.eval_every:
         evaluate_now()
     set_mode(model, frozen)
     for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
@@ -656,7 +675,7 @@ def train(config):
 def finish(run, model, parts, made, context):
     """Return the summary after the test with the best weights, printed and written to summary.json."""
     logits = predict(model, parts["test"], made["pooling"], context=context)
-    figures = figures_of(logits, parts["test"], made["labels"])
+    figures = figures_of(logits, parts["test"], made["labels"], made["positive"])
     summary = run.finish(**{f"test_{key}": value for key, value in figures.items()},
                          **compare_with_baselines(logits, parts, made), val_loss=run.best_value,
                          split_sha256=run.data_sha256, labels=made["labels"],
@@ -780,7 +799,8 @@ def classify(config):
     if config.text and config.file:
         raise argparse.ArgumentError(None, "give messages or --file, not both")
     device = pick_device(config.device)
-    if config.file and not Path(config.file).is_file():
+    config.file = "" if config.file == "-" else config.file
+    if config.file and not Path(config.file).exists():
         raise FileNotFoundError(f"--file {config.file} does not exist")
     model, tokenizer = load_classifier(config.checkpoint or f"{config.out_dir}/model.safetensors", device)
     labels, total, cut = model.made["labels"], 0, 0
@@ -808,7 +828,7 @@ def evaluate(config):
     model, tokenizer = load_classifier(config.checkpoint or f"{config.out_dir}/model.safetensors", device)
     labels = model.made["labels"]
     if config.part == "all" and config.data != "tinyworld":
-        rows = read_labelled(config.data)
+        rows = read_labelled(config.data, labels)
     else:
         parts, _ = read_parts(config)
         rows = sum(parts, []) if config.part == "all" else parts[PARTS.index(config.part)]
@@ -822,7 +842,7 @@ def evaluate(config):
     messages = Messages(rows, tokenizer, model.made, model.config.context_length)
     tell_cut([messages], model)
     logits = predict(model, messages, model.made["pooling"], context=autocast(config, device))
-    figures = figures_of(logits, messages, labels)
+    figures = figures_of(logits, messages, labels, model.made.get("positive"))
     print_figures(figures)
     print(f"{len(rows):,} messages, accuracy {percent(figures['accuracy'], figures['accuracy_interval'])}, "
           f"F1 {figures['f1']:.4f}, calibration error {figures['calibration_error']:.4f}")

@@ -121,7 +121,7 @@ class Config(Options):
                          "file, gold (tinyworld's own rubric), or module:function in Python")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
     temperature: float = option(1.0, "of sampling, and so of all log-probabilities", low=1e-3)
-    kl_coef: float = option(0.1, "reward that a nat of KL to the start costs", low=0)
+    kl_coef: float = option(0.25, "reward that a nat of KL to the start costs", low=0)
     kl_target: float = option(0.0, "nats a response that kl_coef is adapted towards, 0 = it stays", low=0)
     kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
     max_kl: float = option(0.0, "end the run once a batch is so many nats a response away from the start, "

@@ -767,7 +767,7 @@ BAD_INPUTS = [
     ("messages", "a.tsv", "", "holds no rows"),
     ("messages", "a.tsv", b"ham\thi\0", "byte 6"),
     ("messages", "a.csv", "label,text\nham,hi\nspam", "row 3: 1 columns, expected 2"),
-    ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "row 3: unexpected end of data"),
+    ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "row 2: unexpected end of data"),
     ("messages", "a.csv", 'label,text\nham,"hi"x\nspam,you\n', "row 2"),
     ("messages", "a.csv", "label,text\nham," + "x" * 200_000, "field larger than field limit"),
     ("messages", "a.csv", "a,b\nham,hi", "columns label and text"),

@@ -434,7 +434,7 @@ def test_messages_from_the_command_line_and_from_stdin(rows, capsys, monkeypatch
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].endswith("man bites dog") and "%" in lines[0]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"dog\r\n\xff bad\nman" + b"\nmore" * 40)))
-    assert cls.main(["classify", "--batch_size", "8"]) == 0
+    assert cls.main(["classify", "--batch_size", "8", "--file", "-"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 43 and [row["text"] for row in found[:3]] == ["dog", "\ufffd bad", "man"]
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in found)
@@ -479,7 +479,13 @@ def in_training(content, seed):
 
 def test_mistakes_get_one_line(rows, capsys):
     """Missing files, flags that fight, ranges, labels and files that do not fit."""
-    cases = [([*TINY, "--init", "none.safetensors"], 1, "none.safetensors", "python train.py"),
+    fit("--max_steps", 3)
+    os.rename("out/cls", "out/1")
+    model = "out/1/model.safetensors"
+    cases = [(["--data", "rows.tsv", "--init", model, "--out_dir", "out/2", "--emb_dim", "8"], 2, "--emb_dim", "scratch"),
+             ([*TINY, "--lm_weight", "1", "--pooling", "position"], 2, "--lm_weight"),
+             ([*TINY, "--val_share", "0.5", "--test_share", "0.5"], 2, "nothing to train on"),
+             ([*TINY, "--init", "none.safetensors"], 1, "none.safetensors", "python train.py"),
              (["--data", "rows.tsv"], 1, "out/pretrain/model.safetensors", "python train.py"),
              ([*TINY, "--train_layers", "head", "--lora_rank", "2"], 2, "--train_layers head"),
              ([*TINY, "--lora_rank", "99"], 2, "--lora_rank", "16"), ([*TINY, "--lora_targets", "q", "--lora_rank", "2"], 2, "'q'"),
@@ -494,7 +500,7 @@ def test_mistakes_get_one_line(rows, capsys):
     assert not Path("out/cls/model.safetensors").exists()
     fit("--max_steps", 2)
     Path("odd.tsv").write_text("eats\tdog\nsleeps\tcat\n", encoding="utf-8")
-    for argv, *words in ((["evaluate", "--data", "odd.tsv", "--part", "all"], "message 2", "'sleeps'", "eaten, eats"),
+    for argv, *words in ((["evaluate", "--data", "odd.tsv", "--part", "all"], "row 2", "'sleeps'", "eaten, eats"),
                          (["classify", "--file", "none.txt"], "none.txt"),
                          (["classify", "--checkpoint", "rows.tsv", "x"], "rows.tsv", "not a safetensors file")):
         check_error(capsys, argv, 1, *words)
