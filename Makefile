@@ -9,7 +9,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 
 .DEFAULT_GOAL := all
-.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report test test-all test-peers clean
+.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report test test-all test-peers bench clean
 # A stage that was interrupted goes on; one that is older than what it starts from is moved aside and made anew.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
@@ -73,6 +73,9 @@ test-all: $(VENV) ## all tests that need no GPU and no other library: 6 min
 test-peers: $(VENV) ## install requirements-peers.txt and compare with those packages: 5 min
 	$(PYTHON) -m pip install --quiet -r requirements-peers.txt
 	$(PYTHON) -m pytest -q -m peer $(ARGS)
+
+bench: $(VENV) ## time and memory beside other libraries that are installed: 4 min
+	$(PYTHON) tests/bench.py lora
 
 clean: ## remove out/ and data/prepared/, keep downloads and .venv: 1 s
 	rm -rf $(OUT) data/prepared
