@@ -64,10 +64,10 @@ $(OUT)/report.html: $(OUT)/pretrain/sample.txt $(OUT)/cls/summary.json $(OUT)/lo
 	$(PYTHON) train.py evaluate --out_dir $(OUT)/pretrain
 	$(PYTHON) train.py report --out_dir $(OUT)
 
-test: $(VENV) ## the quick tests, offline: 2 min
+test: $(VENV) ## the quick tests, offline: 3 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
-test-all: $(VENV) ## all tests that need no GPU and no other library: 6 min
+test-all: $(VENV) ## all tests that need no GPU and no other library: 8 min
 	$(PYTHON) -m pytest -q -m "not peer and not gpu" $(ARGS)
 
 test-peers: $(VENV) ## install requirements-peers.txt and compare with those packages: 5 min

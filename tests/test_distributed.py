@@ -20,6 +20,8 @@ import rlhf
 import train
 from tokenizer import BPETokenizer
 
+pytestmark = pytest.mark.slow  # each starts processes of its own: half a minute in all
+
 ROOT = Path(__file__).resolve().parent.parent
 # 11 windows in batches of 5: each epoch ends with a batch of one row, which leaves nothing to the second process.
 TINY = ("--data text.txt --tokenizer char --emb_dim 16 --n_layers 2 --n_heads 2 --context_length 16 --batch_size 5 "
