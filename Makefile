@@ -64,7 +64,7 @@ $(OUT)/report.html: $(OUT)/pretrain/sample.txt $(OUT)/cls/summary.json $(OUT)/lo
 	$(PYTHON) train.py evaluate --out_dir $(OUT)/pretrain
 	$(PYTHON) train.py report --out_dir $(OUT)
 
-test: $(VENV) ## the quick tests, offline: 3 min
+test: $(VENV) ## the quick tests, offline: 2 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
 test-all: $(VENV) ## all tests that need no GPU and no other library: 8 min
