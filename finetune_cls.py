@@ -34,7 +34,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -51,8 +50,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from data import json_sha256, read_labelled, seeded, split, tinyworld
 from gpt import pick_device
-from train import (Options, Run, autocast, draw_curves, load_start, make_optimizers, new_model, next_token_loss, option,
-                   run_script, saved_options, total_steps, write_json)
+from train import (Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
+                   new_model, next_token_loss, option, run_script, saved_options, total_steps, write_json)
 
 LAYERS = {"head": 0, "last-block": 1, "last-two": 2, "all": None, "lora": None}  # blocks that train, None = see there
 PARTS = ("train", "val", "test")
@@ -297,9 +296,7 @@ def start_model(config, texts, labels):
         model, made = new_model(config, tokenizer), {}
     else:
         model, tokenizer, made = load_start(config, "python train.py")
-        for name in ("tokenizer", "vocab_size", "model", "emb_dim", "n_layers", "n_heads"):
-            if getattr(config, name) != getattr(Config, name):
-                raise argparse.ArgumentError(None, f"--{name} is for --init scratch; {config.init} brings its own")
+        check_sizes(config, "tokenizer", "vocab_size")
     if made.get("kind") == "classifier":
         if made["labels"] != labels:
             raise ValueError(f"--init {config.init} has a head for the {len(made['labels'])} labels "
@@ -631,18 +628,9 @@ def train(config):
     messages = parts["train"]
     per_epoch = math.ceil(len(messages.ids) / config.batch_size)
     fingerprint = json_sha256([part.rows for part in parts.values()])
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            digest.update(gpt.tensor_bytes(parameter.detach().cpu()))
-    run.kept["frozen"] = digest.hexdigest()
-    if run.state and run.state["progress"]["kept"].get("frozen", run.kept["frozen"]) != run.kept["frozen"]:
-        raise ValueError(f"--init {config.init} is no longer what {run.folder} was started from; --fresh starts anew")
     run.start(model, make_optimizers(model, config), total_steps(config, per_epoch), fingerprint)
     evaluate_now = functools.partial(evaluate_and_keep, run, model, tokenizer, made, parts, frozen, context)
-    if config.compile:
-        for block in model.trf_blocks:
-            block.compile(dynamic=True)
+    compile_blocks(model, config)
     if run.step == 0 and config.eval_every:
         evaluate_now()
     set_mode(model, frozen)

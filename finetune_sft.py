@@ -61,8 +61,8 @@ import torch.nn.functional as F
 from data import (TEMPLATES, collate_instructions, epoch_order, exact_match, format_prompt, format_response,
                   prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
-from train import (Options, Run, autocast, draw_curves, first, load_start, make_optimizers, option, process, run_script,
-                   share, together, total_steps, wait, write_json)
+from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_start, make_optimizers, option,
+                   process, run_script, share, together, total_steps, train_each_seed, wait, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
 TINYWORLD = {"train": 72_000, "val": 520, "test": 2_000}  # examples by default: what five minutes have time for
@@ -800,11 +800,7 @@ def train(config):
     """Fine-tune --seeds times and return the first run's summary, with the mean and spread over all.
 
     The first run stands in out_dir, another one in a folder below it; they differ in order and dropout alone."""
-    summaries = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        one = copy.copy(config)
-        one.seed, one.out_dir = seed, config.out_dir if seed == config.seed else f"{config.out_dir}/seed{seed}"
-        summaries.append(train_once(one))
+    summaries = train_each_seed(train_once, config, config.out_dir)
     if config.seeds > 1 and process() == 0:
         summary = {**summaries[0], **over_seeds(summaries)}
         write_json(Path(config.out_dir, "summary.json"), summary)
@@ -850,8 +846,7 @@ def train_once(config):
     optimizers = make_optimizers(model, config)
     sha256 = hashlib.sha256(json.dumps([items["train"], items["val"]]).encode()).hexdigest()
     run.start(model, optimizers, total_steps(config, per_epoch), sha256)
-    for block in model.trf_blocks if config.compile else ():
-        block.compile(dynamic=True)
+    compile_blocks(model, config)
     keep = functools.partial(evaluate_and_keep, run, model, tokenizer, items["val"], parts["val"], config, context,
                              tokenizer.to_dict())
     model.train()

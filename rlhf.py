@@ -63,8 +63,8 @@ from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, fo
                   preference, prompt_of, read_preferences, seeded, split, tinyworld)
 from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses, wilson)
 from gpt import generate, pick_device
-from train import (Options, Run, autocast, draw_curves, load_start, make_optimizers, option, run_script, total_steps,
-                   write_json)
+from train import (Options, Run, autocast, compile_blocks, draw_curves, load_start, make_optimizers, option, run_script,
+                   total_steps, train_each_seed, write_json)
 
 Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
 STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
@@ -759,12 +759,6 @@ def fingerprint(*parts):
     """Return one sha256 over data and the content of files that a run depends on; a resumed run must find the same."""
     return json_sha256([hashlib.sha256(Path(part).read_bytes()).hexdigest()
                         if isinstance(part, str) and Path(part).is_file() else part for part in parts])
-
-
-def compile_blocks(model, config):
-    """Return None; with --compile the blocks are compiled for any shape, in place."""
-    for block in model.trf_blocks if config.compile else ():
-        block.compile(dynamic=True)
 
 
 @contextlib.contextmanager
@@ -1514,11 +1508,8 @@ def over_seeds(train, config, stage):
     """Train --seeds times and return the first run's summary, with the mean and spread of each figure over all.
 
     The first run stands in out_dir, the others in folders below it."""
-    folder, summaries = config.out_dir or f"out/{stage}", []
-    for seed in range(config.seed, config.seed + config.seeds):
-        one = copy.copy(config)
-        one.seed, one.out_dir = seed, folder if seed == config.seed else f"{folder}/seed{seed}"
-        summaries.append(train(one))
+    folder = config.out_dir or f"out/{stage}"
+    summaries = train_each_seed(train, config, folder)
     if config.seeds == 1:
         return summaries[0]
     figures = {key: [summary[key] for summary in summaries] for key, value in summaries[0].items()

@@ -33,6 +33,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import hashlib
 import html
 import itertools
 import json
@@ -411,17 +412,15 @@ def orthogonalise(matrices, steps=5):
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
-    gram, product = x @ x.transpose(1, 2), None
     wide = x.shape[2] >= 2 * x.shape[1]
     for step in range(steps):  # x becomes (a + b gram + c gram^2) x
+        gram = factor @ gram @ factor if wide and step else x @ x.transpose(1, 2)
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         if wide:  # gather the factors, so that only small matrices are multiplied: half the time for 1 x 4
             factor.diagonal(dim1=1, dim2=2).add_(a)
-            product = factor if step == 0 else factor @ product
-            gram = factor @ gram @ factor
+            product = factor @ product if step else factor
         else:
             x = torch.baddbmm(x, factor, x, beta=a)
-            gram = x @ x.transpose(1, 2)
     x = product @ x if wide else x
     return x.transpose(1, 2) if tall else x
 
@@ -560,6 +559,15 @@ def read_state(path):
     return state
 
 
+def frozen_sha256(model):
+    """Return the sha256 over the parameters that do not train: state.pt does not hold them, and --init may change."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            digest.update(gpt.tensor_bytes(parameter.detach().cpu()))
+    return digest.hexdigest()
+
+
 class Run:
     """One run's folder and its progress.
 
@@ -660,6 +668,7 @@ class Run:
 
         From here on Ctrl-C and SIGTERM stop the run at the end of a step, saved; a second one stops it at once."""
         self.total, self.data_sha256, self.optimizers, self.model = total, data_sha256, optimizers, model
+        self.kept["frozen"] = frozen_sha256(model)
         if self.state is None:
             self.save()  # before any other file, so that what was killed at whatever moment can be resumed
         else:
@@ -700,6 +709,9 @@ class Run:
         if state["data_sha256"] != self.data_sha256:
             raise ValueError(f"{self.folder} was trained on other data: sha256 {state['data_sha256'][:12]}, "
                              f"now {self.data_sha256[:12]}; give the same data, or --fresh")
+        if state["progress"]["kept"].get("frozen", self.kept["frozen"]) != self.kept["frozen"]:
+            raise ValueError(f"--init {self.config.init} is no longer what {self.folder} was started from; --fresh "
+                             "starts anew")
         own = trainable_state(self.model)
         for name in sorted(set(own) | set(state["model"])):
             if name not in own or name not in state["model"] or own[name].shape != state["model"][name].shape:
@@ -968,12 +980,31 @@ def new_model(config, tokenizer):
         raise argparse.ArgumentError(None, f"--{error}") from None
 
 
-def check_sizes(config):
-    """Return None; raises ArgumentError for a flag that --init, which brings an architecture, would leave unused."""
-    for name in ("model", "emb_dim", "n_layers", "n_heads"):
-        if getattr(config, name) != getattr(Config, name):
+def check_sizes(config, *others):
+    """Return None; raises ArgumentError for a flag that --init, which brings an architecture, would leave unused.
+
+    `others` are flags of the script's own that are for --init scratch too."""
+    for name in ("model", "emb_dim", "n_layers", "n_heads", *others):
+        if getattr(config, name) != getattr(type(config), name):
             raise argparse.ArgumentError(None, f"--{name} {getattr(config, name)} does not go with --init "
-                                               f"{config.init}, whose model has its own; leave one of the two out")
+                                               f"{config.init}, whose model has its own; leave one of the two out, or "
+                                               "give --init scratch")
+
+
+def compile_blocks(model, config):
+    """Return None; with --compile the blocks are compiled for any shape, in place."""
+    for block in model.trf_blocks if config.compile else ():
+        block.compile(dynamic=True)
+
+
+def train_each_seed(train, config, folder):
+    """Return the summaries of `train` with the seeds from --seed on: the first run stands in `folder`, others below."""
+    summaries = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        one = copy.copy(config)
+        one.seed, one.out_dir = seed, folder if seed == config.seed else f"{folder}/seed{seed}"
+        summaries.append(train(one))
+    return summaries
 
 
 def total_steps(config, per_epoch):

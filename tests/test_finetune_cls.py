@@ -362,6 +362,34 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(rows, flags, monkeypa
         os.rename("out/cls", f"out/stopped{stop_at}")
 
 
+@pytest.mark.parametrize("flags", [["--train_layers", "head"], ["--lora_rank", 2]])
+def test_a_run_with_frozen_weights_goes_on_over_the_same_ones_alone(rows, flags, capsys, monkeypatch):
+    """Stopped after step 4: with another base of the same shapes it is refused and untouched, with the same resumed."""
+    fit("--max_steps", 2)
+    os.rename("out/cls", "out/base")
+    base = [option for pair in (("--init", "out/base/model.safetensors"), *[flags]) for option in pair]
+    original = train.Run.report
+
+    def report(run, *figures):
+        original(run, *figures)
+        if run.step == 4:
+            run.on_signal(signal.SIGTERM, None)
+
+    monkeypatch.setattr(train.Run, "report", report)
+    command = ["train", "--data", "rows.tsv", "--max_steps", "8", *map(str, base)]
+    assert cls.main(command) == 128 + signal.SIGTERM
+    kept, state = open("out/base/model.safetensors", "rb").read(), open("out/cls/state.pt", "rb").read()
+    model, tokenizer, made = gpt.load_checkpoint("out/base/model.safetensors")
+    with torch.no_grad():
+        model.tok_emb.weight[0, 0] += 1
+    gpt.save_checkpoint("out/base/model.safetensors", model, tokenizer, **made)
+    check_error(capsys, [*command, "--resume"], 1, "out/base/model.safetensors", "--fresh")
+    assert open("out/cls/state.pt", "rb").read() == state
+    with open("out/base/model.safetensors", "wb") as file:
+        file.write(kept)
+    assert cls.main([*command, "--resume"]) == 0
+
+
 def test_a_finished_run_is_not_run_again(rows, capsys):
     """--resume on a finished run returns its summary; without it the folder is refused and untouched."""
     first = fit()
