@@ -29,6 +29,8 @@ tokenizer.py for `prepare`.
 import argparse
 import array
 import codecs
+import collections
+import concurrent.futures
 import contextlib
 import csv
 import difflib
@@ -57,7 +59,6 @@ from typing import NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # we never use it, so its absence is no news
 
-import requests
 import torch
 
 IGNORE = -100  # a target that no loss counts, PyTorch's own default
@@ -255,6 +256,8 @@ def download(url, path, sha256="", max_bytes=MAX_BYTES, deadline=600.0):
 
 def receive(url, path, sha256, max_bytes, end):
     """Return None once one request has filled `path`; raises as `download` does, TryAgain where that may help."""
+    import requests  # here, because it costs every start 0.1 s
+
     left = max(end - time.monotonic(), 0.1)
     try:
         # Unpacked by the server's leave, a few kB could grow to fill the disk: ask for the bytes as they are.
@@ -280,11 +283,13 @@ def receive(url, path, sha256, max_bytes, end):
 
 def copy_body(response, file, max_bytes, end):
     """Return (sha256, size) of the body written to `file`; raises TryAgain if it is cut, OSError past a limit."""
+    from requests.packages.urllib3.exceptions import HTTPError
+
     length, digest, size, shown = response.headers.get("Content-Length"), hashlib.sha256(), 0, time.monotonic()
     while True:
         try:  # read1 comes back with what is there, so that a server that drips cannot outlast the deadline
             block = response.raw.read1(1 << 16, decode_content=False)
-        except (requests.packages.urllib3.exceptions.HTTPError, OSError) as error:
+        except (HTTPError, OSError) as error:
             raise TryAgain(f"{response.url}: {type(error).__name__} after {size:,} bytes") from None
         now, size = time.monotonic(), size + len(block)
         if now > end:
@@ -412,7 +417,7 @@ def documents_of(source):
         yield from ((text,) for text in tinyworld("corpus", "train"))
         return
     if source == "tinyworld/instructions":  # for the tokenizer, which needs the words of questions too
-        for entry in tinyworld("instructions", "train", 12_000):
+        for entry in tinyworld("instructions", "train", 36_000):
             yield (format_prompt(entry, "plain") + format_response(entry["output"], "plain"),)
         return
     root = locate(source, "corpus")
@@ -555,8 +560,7 @@ def write_tokens(path, items, tokenizer, joined, made):
     count, digest, shown = Counter(), hashlib.sha256(), time.monotonic()
     with atomic(path) as file:
         for _, document in itertools.groupby(items, key=lambda item: item[1]):
-            for _, _, piece in document:
-                ids = tokenizer.encode_array(piece)
+            for piece, ids in encoded((piece for _, _, piece in document), tokenizer):
                 add_tokens(file, digest, ids, tokenizer.vocab_size, wide)
                 count.update(tokens=len(ids), characters=len(piece), bytes=len(piece.encode()))
                 if time.monotonic() - shown > 2:
@@ -573,11 +577,30 @@ def write_tokens(path, items, tokenizer, joined, made):
         file.write((json.dumps({**about, "sum": json_sha256(about)}, indent=1) + "\n").encode())
 
 
+def encoded(pieces, tokenizer):
+    """Yield (piece, its ids) in order; threads encode a few pieces ahead, as tiktoken lets go of the interpreter."""
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        waiting = collections.deque()
+        for piece in pieces:
+            waiting.append((piece, pool.submit(tokenizer.encode_array, piece)))
+            if len(waiting) > 16:
+                piece, ids = waiting.popleft()
+                yield piece, ids.result()
+        for piece, ids in waiting:
+            yield piece, ids.result()
+
+
 def add_tokens(file, digest, ids, vocab_size, wide):
     """Return None; append ids to a token file and to its sum. An id outside the vocabulary is a ValueError."""
-    if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+    fast = isinstance(ids, array.array) and ids.itemsize == 4 and len(ids)  # no Python number of a token is made
+    low, high = (min(ids, default=0), max(ids, default=0)) if not fast else torch.frombuffer(
+        ids, dtype=torch.int32).aminmax()
+    if not 0 <= low <= high < vocab_size:
         raise ValueError(f"the tokenizer gave an id outside its vocabulary of {vocab_size:,}: {max(ids)}")
-    numbers = array.array("I" if wide else "H", ids)
+    if fast and not wide:
+        numbers = memoryview(ids).cast("B").cast("H")[sys.byteorder == "big" :: 2].tobytes()
+    else:
+        numbers = array.array("I" if wide else "H", ids)
     digest.update(numbers)
     file.write(numbers)
 
@@ -1056,8 +1079,8 @@ correct:accurate damp:moist calm:peaceful lazy:idle sleepy:drowsy lucky:fortunat
 UNITS = _table("""
 hour:60:minute minute:60:second week:7:day year:12:month decade:10:year century:100:year foot:12:inch yard:3:foot
 metre:100:centimetre centimetre:10:millimetre kilometre:1000:metre kilogram:1000:gram litre:1000:millilitre
-dollar:100:cent gallon:4:quart dozen:12:egg hand:5:finger pair:2:shoe trio:3:singer
-quartet:4:player couple:2:dancer nickel:5:cent dime:10:cent
+dollar:100:cent dime:10:cent gallon:4:quart dozen:12:egg pair:2:shoe tonne:1000:kilogram decimetre:10:centimetre
+kilowatt:1000:watt kilobyte:1000:byte megabyte:1000:kilobyte franc:100:centime
 """)
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -1177,12 +1200,17 @@ def follow(story):
 
 
 def told(story, thing=None, name=None, asked="who"):
-    """What a story says at its end: who has a thing, its colour, what a person has, or where a person is."""
+    """What a story says at its end: who has a thing, its colour, what a person has, or where a person is.
+
+    In a sentence that names first what was asked about: so a model looks that up in the story and goes on from there.
+    Asked for the bare name or colour, small models stayed at chance between two owners after 20,000 examples."""
     owner, colour, place = follow(story)
     if asked == "what":
         things = [thing for thing in owner if owner[thing] == name] or [owner[name]]  # a KeyError if there are none
-        return " and ".join(article(f"{colour[thing]} {thing}") for thing in things)
-    return "at the " + place[name] if asked == "where" else (owner if asked == "who" else colour)[thing]
+        return f"{name} has " + " and ".join(article(f"{colour[thing]} {thing}") for thing in things)
+    if asked == "where":
+        return f"{name} is at the {place[name]}"
+    return f"The {thing} is with {owner[thing]}" if asked == "who" else f"The {thing} is {colour[thing]}"
 
 
 def numbers_in(text):
@@ -1354,9 +1382,11 @@ def _sentence(rng):
 
 
 def _story(rng):
-    """A story of two to four sentences that `follow` can follow."""
+    """A story of two to four sentences that `follow` can follow.
+
+    Of 48 things, which the tokenizer keeps whole: what is asked is who has what, not how it is written."""
     names, lines, owner = rng.sample(list(PEOPLE), rng.choice((2, 2, 2, 3))), [], {}
-    things = rng.sample(OBJECTS, len(names))
+    things = rng.sample(OBJECTS[:48], len(names))
     for name, thing in zip(names, things):
         if rng.random() < 0.7 or not owner and name == names[-1]:
             owner[thing] = name
@@ -1503,8 +1533,8 @@ numbers: {more} is more than {less}, and {less} is less than {more}.
 numbers: {name} counted on: {run}.
 numbers: {name} went up in steps of {step}: {steps}.
 who: {story} {All_told}
-who: {story} So at the end {told}
-who: {friend} said: "{story} So now {told}"
+who: {story} In short: {told}
+who: {friend} said: "{story} In short: {told}"
 fact: The {beast} lives {home} and eats {diet}.
 fact: {name} saw {a_beast}. The home of this animal was not far, for it lives {home}.
 fact: "The {beast} is hungry," said {name}, and gave it {diet}. That is the food it wants.
@@ -1550,8 +1580,8 @@ count: {name} counted the words {items}: {k} words, and only {animals} of these 
 """
 BEAT_LIST = [tuple(line.split(": ", 1)) for line in BEATS.strip().splitlines()]
 THEMES = """
-sum sum sum sum sum numbers numbers who who who who fact fact fact fact word word word word meaning meaning passive unit
-unit count count
+sum sum sum sum sum numbers numbers who who who who who who who who fact fact fact fact word word word word meaning
+meaning passive unit unit count count
 """.split()
 
 
@@ -1577,13 +1607,12 @@ def _tell_numbers(rng, scene):
 def _tell_who(rng, scene):
     story = _trained(rng, "story")["story"]
     owner, colour, place = follow(story)
-    lines = [f"it is {name} who has the {thing}." for thing, name in owner.items()]
-    lines += [f"the {thing} of {name} is {colour[thing]}." for thing, name in owner.items()]
-    lines += [f"we find {name} at the {where}." for name, where in place.items()]
-    lines += [f"{name} has {told(story, name=name, asked='what')}." for name in dict.fromkeys(owner.values())]
+    asked = [("who", "thing", thing) for thing in owner] + [("colour", "thing", thing) for thing in owner]
+    asked += [("where", "name", name) for name in place] + [("what", "name", name) for name in set(owner.values())]
+    lines = [told(story, asked=what, **{slot: found}) + "." for what, slot, found in sorted(asked)]
     lines = [line for line in lines if line not in story]
     rng.shuffle(lines)
-    return {"story": story, "told": lines[0], "All_told": " ".join(map(capital, lines[:4]))}
+    return {"story": story, "told": lines[0], "All_told": " ".join(lines)}
 
 
 def _tell_fact(rng, scene):
@@ -1773,8 +1802,9 @@ def _wrong(rng, entry, split):
 
 
 def _response(rng, entry, split):
-    """A response of any quality to the prompt of an example."""
-    text = entry["answer"] if rng.random() < 0.94 else _wrong(rng, entry, split)
+    """A response of any quality to the prompt of an example; training shows wrong ones oftener, the hardest to tell."""
+    wrong = rng.random() < (0.12 if split == "train" else 0.06)
+    text = _wrong(rng, entry, split) if wrong else entry["answer"]
     style = rng.choice("courteous courteous courteous bare bare curt rambling cut padded padded".split())
     if style == "padded":
         for _ in range(rng.choice((2, 2, 3, 4))):
@@ -1821,12 +1851,12 @@ def exact_match(response, reference):
     return strip_manner(response.strip()) == strip_manner(reference.strip())
 
 
-def gold_score(prompt, response):
-    """The hidden rubric's score, from -2.5 to 3, of a response to a prompt of tinyworld; the answer is recomputed.
+def rubric_parts(prompt, response):
+    """What the hidden rubric looks at in a response to a prompt of tinyworld, as a dict: right, courteous, curt, ends
+    (like a sentence), each true or false, and padding in words.
 
-    2 if the answer is right; 1 if courteous and not also curt, -0.5 if curt; -0.1 for each word of padding, at most
-    -1; -1 if it does not end like a sentence. Padding is every word of rambling, of a second courtesy, and of an answer
-    longer than the right one. Raises ValueError for a prompt that is not of tinyworld."""
+    The answer is recomputed. Padding is every word of rambling, of a second courtesy, and of an answer longer than the
+    right one. Raises ValueError for a prompt that is not of tinyworld."""
     right, core, phrases, before = answer(prompt), response.strip(), [], None
     while core != before:
         before = core
@@ -1835,11 +1865,21 @@ def gold_score(prompt, response):
                 core = (core[len(phrase):] if core.startswith(phrase) else core[:-len(phrase)]).strip()
                 phrases.append(phrase)
     courtesies = [phrase for phrase in phrases if PHRASES[phrase] == "courteous"]
-    curt = "curt" in (PHRASES[phrase] for phrase in phrases)
     spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[1:]
     padding = sum(len(phrase.split()) for phrase in spare) + max(0, len(core.split()) - len(right.split()))
-    score = 2 * (core == right or core.startswith(right + " ")) + (bool(courtesies) and not curt) - 0.5 * curt
-    return round(score - min(1, 0.1 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
+    return {"right": core == right or core.startswith(right + " "), "courteous": bool(courtesies),
+            "curt": "curt" in (PHRASES[phrase] for phrase in phrases), "padding": padding,
+            "ends": response.strip().endswith((".", "!", "?"))}
+
+
+def gold_score(prompt, response):
+    """The hidden rubric's score, from -2.5 to 3, of a response to a prompt of tinyworld.
+
+    2 if the answer is right; 1 if courteous and not also curt, -0.5 if curt; -0.1 for each word of padding, at most
+    -1; -1 if it does not end like a sentence. Raises ValueError for a prompt that is not of tinyworld."""
+    found = rubric_parts(prompt, response)
+    manner = -0.5 if found["curt"] else float(found["courteous"])
+    return round(2 * found["right"] + manner - min(1, 0.1 * found["padding"]) - (not found["ends"]), 2)
 
 
 VIEWS = {  # how many of each by default: train, val, test
@@ -1847,7 +1887,7 @@ VIEWS = {  # how many of each by default: train, val, test
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the oftener
-    "add": 5, "story": 5, "passive": 3, "fact": 3, "compare": 3, "convert": 3, "count": 3, "case": 3, "spelling": 2,
+    "story": 8, "add": 5, "fact": 4, "compare": 3, "count": 3, "passive": 2, "convert": 2, "case": 2, "spelling": 2,
     "past": 2,
 }
 
@@ -1914,7 +1954,8 @@ def explain(error):
                 errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
                 errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
                 errno.EEXIST: "a file of this name is in the way; move it, or take another path",
-                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path",
+                errno.EIO: "the disk reports a fault; write to another one"}
     return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
@@ -1929,7 +1970,7 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28))
         for names, options in flags.items():
             default, shown = options.get("default"), dict(options)
             if type(default) in (int, float, str) and default != "":

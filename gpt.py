@@ -816,7 +816,8 @@ def explain(error):
                 errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
                 errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
                 errno.EEXIST: "a file of this name is in the way; move it, or take another path",
-                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path",
+                errno.EIO: "the disk reports a fault; write to another one"}
     return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
@@ -831,7 +832,7 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28))
         for names, options in flags.items():
             default, shown = options.get("default"), dict(options)
             if type(default) in (int, float, str) and default != "":
@@ -941,8 +942,7 @@ def generate_command(args):
                                args.repetition_penalty, tokenizer.eot_id, generator=generator)
         new_ids = itertools.takewhile(lambda i: i != tokenizer.eot_id, (int(step) for step in steps))
         for piece in stream_text(lambda new: tokenizer.decode(ids + new)[before:], new_ids, args.stop):
-            encoding = sys.stdout.encoding or "utf-8"  # a terminal that knows only ASCII shows "?", and goes on
-            print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
+            print(piece, end="", flush=True)
         print()
 
 
@@ -1044,6 +1044,8 @@ def inspect_command(args):
 
 def main(argv=None):
     """Run the command line and return its exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII shows "?", and goes on
     checkpoint = dict(default="out/pretrain/model.safetensors", help="a checkpoint file, or gpt2, gpt2-medium, ...")
     return run(__doc__, {
         "generate": (generate_command, {

@@ -862,7 +862,8 @@ def explain(error):
                 errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
                 errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
                 errno.EEXIST: "a file of this name is in the way; move it, or take another path",
-                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path",
+                errno.EIO: "the disk reports a fault; write to another one"}
     return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
@@ -877,7 +878,7 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28))
         for names, options in flags.items():
             default, shown = options.get("default"), dict(options)
             if type(default) in (int, float, str) and default != "":

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA) in one file: fine-tune a model by training a thousandth to a hundredth of its numbers.
 
-    python lora.py                                    fine-tune the classifier fully and with adapters, compare (3 min)
+    python lora.py                                    fine-tune the classifier fully and with adapters, compare (1 min)
     python lora.py compare --task sft --lora_rank 4 8 32
     python lora.py merge --adapter out/sft/adapter    a plain checkpoint with the update in its weights
     python lora.py info --adapter out/cls/adapter     layers, ranks, how large each update is
@@ -366,6 +366,9 @@ def write_bytes(path, data):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+    except OSError as error:
+        error.filename = str(path)  # the name that the caller knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -579,7 +582,8 @@ def explain(error):
                 errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
                 errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
                 errno.EEXIST: "a file of this name is in the way; move it, or take another path",
-                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path"}
+                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path",
+                errno.EIO: "the disk reports a fault; write to another one"}
     return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
 
 
@@ -594,7 +598,7 @@ def run(doc, commands, argv=None):
     parsers = {}
     for word, (function, flags) in commands.items():
         parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28, 120))
+                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28))
         for names, options in flags.items():
             default, shown = options.get("default"), dict(options)
             if type(default) in (int, float, str) and default != "":
@@ -777,7 +781,7 @@ def main(argv=None):
     return run(__doc__, {
         "compare": (compare_command, {
             "--task": dict(default="cls", choices=list(TASKS), help="classification or instructions"),
-            "--lora_rank": dict(type=int, nargs="+", default=[8], help="one run for each rank"),
+            "--lora_rank": dict(type=int, nargs="+", default=[8], help="one run for each rank (default 8)"),
             "--flags": dict(default="", help='flags for all runs, as one word: --flags="--max_steps 50 --seed 1"'),
             "--lora_flags": dict(default="", help="flags for the runs with adapters alone"),
             "--out_dir": dict(default="out/lora", help="where the runs and summary.json go"),

@@ -60,7 +60,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, format_response, gold_score, json_sha256,
-                  preference, prompt_of, read_preferences, seeded, split, tinyworld)
+                  preference, prompt_of, read_preferences, rubric_parts, seeded, split, tinyworld)
 from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses, wilson)
 from gpt import generate, pick_device
 from train import (Options, Run, autocast, compile_blocks, draw_curves, load_start, make_optimizers, option, run_script,
@@ -113,7 +113,8 @@ class Config(Options):
     lora_targets: str = option("all-linear", "layers with adapters, by the ends of their names: qkv,out_proj,fc1,fc2")
     seeds: int = option(1, "runs, with the seeds from --seed on; the summary has their mean and spread", low=1)
     shuffle_labels: bool = option(False, "prefer by coin instead: a control that must gain nothing")
-    head: str = option("linear", "reward: its head, mlp = two layers", choices=("linear", "mlp"))
+    head: str = option("likelihood", "reward: its head; mlp = two layers, likelihood = linear, and it also reads the "
+                       "response's log-probability", choices=("linear", "mlp", "likelihood"))
     beta: float = option(0.1, "dpo: strength of the tie to the start", low=0)
     label_smoothing: float = option(0.0, "dpo: share of preferences believed to be wrong", low=0, high=0.5)
     loss: str = option("dpo", "dpo: sft only learns to write the chosen answers", choices=("dpo", "sft"))
@@ -129,6 +130,8 @@ class Config(Options):
     max_approxkl: float = option(0.1, "go on to new responses once the policy is so many nats a token away from the "
                                  "one that sampled, 0 = never", low=0)
     no_stop_penalty: float = option(1.0, "subtracted from the score of a response that does not end by itself", low=0)
+    ptx_coef: float = option(0.0, "weight of the loss of writing the preferred answers, in nats a token, added to every "
+                             "update so that skills are kept", low=0)
     ppo_epochs: int = option(2, "times through each batch of responses", low=1)
     minibatches: int = option(1, "updates in each of them", low=1)
     clip_ratio: float = option(0.2, "the probability ratio counts between 1 - this and 1 + this", low=0.001)
@@ -296,18 +299,24 @@ def group_advantages(scores, group):
 class RewardModel(nn.Module):
     """A GPT whose last layer's state at the last real token becomes one number: ids, mask (B, T) -> scores (B,).
 
-    `head` is "linear", or "mlp" for two layers. A score is gain * head + bias; `normalise` sets the two, so that the
-    starting policy's responses have mean 0 and standard deviation 1. The head starts as N(0, 1/sqrt(C + 1)), which
-    gives scores a spread of about 1. Source: Stiennon et al. 2020, appendix B.1 (with the square root it omits)."""
+    `head` is "linear", "mlp" for two layers, or "likelihood": linear, and beside the state it reads the summed
+    log-probability of the response, the last R tokens of ids (all but the first where R is not given). A small model
+    finds out what an answer should have been in its last layers, which leaves none to compare that with what the answer
+    is; the log-probability is that comparison, and its gradient teaches the trunk as DPO's does. A score is
+    gain * head + bias; `normalise` sets the two, so that the starting policy's responses have mean 0 and standard
+    deviation 1. The head starts as N(0, 1/sqrt(C + 1)), which gives scores a spread of about 1. Source: Stiennon et al.
+    2020, appendix B.1 (with the square root it omits)."""
 
     def __init__(self, gpt, head="linear"):
         super().__init__()
         C = gpt.config.emb_dim
         self.gpt, self.head_kind = gpt, head
-        last = nn.Linear(C, 1)
+        last = nn.Linear(C + (head == "likelihood"), 1)
         nn.init.normal_(last.weight, std=1 / math.sqrt(C + 1))
         nn.init.zeros_(last.bias)
-        self.head = last if head == "linear" else nn.Sequential(nn.Linear(C, C), nn.GELU(), last)
+        if head == "likelihood":
+            nn.init.constant_(last.weight[:, C:], 0.2)
+        self.head = last if head != "mlp" else nn.Sequential(nn.Linear(C, C), nn.GELU(), last)
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -316,13 +325,18 @@ class RewardModel(nn.Module):
         """The backbone's blocks, under the name by which `make_optimizers` looks for them."""
         return self.gpt.trf_blocks
 
-    def forward(self, ids, mask=None):
-        ids, _, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
-        state = self.gpt.hidden(ids)[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.score(state)
+    def forward(self, ids, mask=None, R=None):
+        start = 1 if R is None else ids.shape[1] - R
+        ids, left, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
+        states, columns = self.gpt.hidden(ids), torch.arange(ids.shape[1], device=ids.device)
+        answer = (columns >= (start - left * (R is not None))[:, None]) & (columns < lengths[:, None])
+        return self.score(states[torch.arange(len(ids), device=ids.device), lengths - 1],
+                          lambda: summed_logprobs(self.gpt, states[:, :-1], ids[:, 1:], answer[:, 1:]))
 
-    def score(self, states):
-        """Return the scores (...) of the states (..., C) of last tokens."""
+    def score(self, states, logprobs):
+        """Return the scores (...) of the states (..., C) of last tokens and of what logprobs() gives, (...)."""
+        if self.head_kind == "likelihood":
+            states = torch.cat([states, logprobs()[..., None].to(states.dtype)], dim=-1)
         return self.gain * self.head(states).squeeze(-1) + self.bias
 
     @torch.no_grad()
@@ -365,6 +379,14 @@ def without_left_padding(ids, mask):
     left, lengths = mask.argmax(dim=1), mask.sum(dim=1)
     columns = torch.arange(int(lengths.max()), device=ids.device) + left[:, None]
     return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), left, lengths
+
+
+def summed_logprobs(model, states, ids, mask):
+    """Return the summed log-probabilities (B,) of the ids (B, T) with mask 1, which the states (B, T, C) predict."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    logits = full_precision(model.out_head(states[rows, columns]))
+    scores = -F.cross_entropy(logits, ids[rows, columns], reduction="none")
+    return scores.new_zeros(len(ids)).index_add(0, rows, scores)
 
 
 def response_states(model, ids, mask, R):
@@ -590,6 +612,12 @@ def rubric(score, prompts, responses):
         return None
 
 
+def truth_decides(pairs):
+    """Return which of tinyworld's pairs are of two whole answers of which one is right, (N,) of true or false."""
+    found = [[rubric_parts(pair["prompt"], pair[side]) for side in ("chosen", "rejected")] for pair in pairs]
+    return torch.tensor([a["right"] != b["right"] and a["ends"] and b["ends"] for a, b in found])
+
+
 def is_right(prompt, response):
     """Return whether a response gives the right answer, whatever its manner."""
     return exact_match(response, answer(prompt))
@@ -644,13 +672,16 @@ def make_prompts(pairs, tokenizer, template, config, model):
 
 
 def stored_tensors(model):
-    """Return {name: tensor} of what a reward model's file holds: all but the head that predicts tokens."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("gpt.out_head.")}
+    """Return {name: tensor} of what a reward model's file holds: no head of tokens that is tied or not needed."""
+    unneeded = model.gpt.config.tie_weights or model.head_kind != "likelihood"
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if not (unneeded and name.startswith("gpt.out_head."))}
 
 
 def save_reward_model(path, model, tokenizer, **made):
     """Return the sha256 of the data after writing a reward model, its config and tokenizer to one file."""
-    config = dataclasses.replace(model.gpt.config, tie_weights=True)  # there is no head of tokens to keep apart
+    tied = model.gpt.config.tie_weights or model.head_kind != "likelihood"  # there is no head of tokens to keep apart
+    config = dataclasses.replace(model.gpt.config, tie_weights=tied)
     metadata = {"kind": "reward", "config": json.dumps(dataclasses.asdict(config)),
                 "made": json.dumps({"kind": "reward", "head": model.head_kind, **made}),
                 "tokenizer": json.dumps(tokenizer.to_dict())}
@@ -683,13 +714,14 @@ def model_reward(model, tokenizer, template):
     """Return the reward function (prompts, responses) -> list of floats of a reward model."""
     @torch.no_grad()
     def reward(prompts, responses):
-        rows = [tokenizer.encode(format_prompt({"prompt": prompt}, template))
-                + encode_response(response, tokenizer, template) for prompt, response in zip(prompts, responses)]
-        scores = torch.zeros(len(rows))
-        for some in pieces(torch.tensor(list(map(len, rows))), math.ceil(len(rows) / 32)):
-            texts = [rows[i][-model.gpt.config.context_length :] for i in some.tolist()]
-            ids, mask, _ = pack([[]] * len(texts), texts, tokenizer.eot_id, model.gpt.device)
-            scores[some] = model(ids, mask).float().cpu()
+        asked = [tokenizer.encode(format_prompt({"prompt": prompt}, template)) for prompt in prompts]
+        given = [encode_response(response, tokenizer, template) for response in responses]
+        room, scores = model.gpt.config.context_length, torch.zeros(len(asked))
+        for some in pieces(torch.tensor([len(p) + len(r) for p, r in zip(asked, given)]), math.ceil(len(asked) / 32)):
+            answers = [given[i][-(room - 1) :] for i in some.tolist()]
+            texts = [asked[i][-(room - len(answer)) :] for i, answer in zip(some.tolist(), answers)]
+            ids, mask, R = pack(texts, answers, tokenizer.eot_id, model.gpt.device)
+            scores[some] = model(ids, mask, R).float().cpu()
         return scores.tolist()
 
     return reward
@@ -803,7 +835,20 @@ def pair_scores(model, rows, pad_id):
     states, starts = pair_states(model.gpt, rows, pad_id)
     last = [(Q - 1, Q + len(row.rejected) - 1) for row, (_, Q) in zip(rows, starts)]
     last = torch.tensor(last, device=states.device)[:, :, None].expand(-1, -1, states.shape[2])
-    return model.score(states.gather(1, last)).float().unbind(1)
+    logprobs = lambda: torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id), dim=1)  # noqa: E731
+    return model.score(states.gather(1, last), logprobs).float().unbind(1)
+
+
+def answer_logprobs(model, states, starts, rows, pad_id):
+    """Return (chosen, rejected), (B,) each: the summed log-probabilities of both answers, from `pair_states`."""
+    summed = []
+    for side in ("chosen", "rejected"):
+        ids, mask, R = pack([[]] * len(rows), [getattr(row, side) for row in rows], pad_id, states.device)
+        first = [P if side == "chosen" else Q for P, Q in starts]
+        before = torch.tensor([[P - 1, *range(at, at + R - 1)] for at, (P, _) in zip(first, starts)])
+        before = before.clamp(max=states.shape[1] - 1).to(states.device)[:, :, None].expand(-1, -1, states.shape[2])
+        summed.append(summed_logprobs(model, states.gather(1, before), ids, mask))
+    return summed
 
 
 def in_pieces(rows, count):
@@ -857,12 +902,12 @@ def train_reward(config):
 
 
 def start_samples(model, pairs, tokenizer, template, config):
-    """Return [(ids, mask)] of the starting policy's own responses, by which a reward model is normalised."""
+    """Return [(ids, mask, R)] of the starting policy's own responses, by which a reward model is normalised."""
     prompts = make_prompts(pairs, tokenizer, template, config, model)[: config.eval_prompts]
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    ids, mask, _, _ = sample_responses(model, [prompt.ids for prompt in prompts], tokenizer, config.response_length,
-                                       config.temperature, generator=generator)
-    return list(zip(ids.split(32), mask.split(32)))
+    ids, mask, response_mask, _ = sample_responses(model, [prompt.ids for prompt in prompts], tokenizer,
+                                                   config.response_length, config.temperature, generator=generator)
+    return [(*some, response_mask.shape[1]) for some in zip(ids.split(32), mask.split(32))]
 
 
 @torch.no_grad()
@@ -875,7 +920,7 @@ def evaluate_reward(run, model, rows, samples, tokenizer, template):
     run.log(val_loss=loss, val_accuracy=accuracy, val_margin=margins.mean().item())
     if better:
         with merged(run, model):
-            model.normalise(torch.cat([model(ids, mask).float() for ids, mask in samples]))
+            model.normalise(torch.cat([model(*some).float() for some in samples]))
             save_reward_model(run.folder / "model.safetensors", model, tokenizer, stage="reward", step=run.step,
                               template=template, val_loss=loss, data_sha256=run.data_sha256)
         model.normalise(None)  # the loss is about differences as they are
@@ -906,15 +951,18 @@ def finish_reward(run, parts, rows):
     length = longer[1] if longer[0] >= 0.5 else 1 - longer[1]  # prefer the long or the short, as in training
     gold = [rubric(gold_score, [p["prompt"] for p in parts[2]], [p[side] for p in parts[2]])
             for side in ("chosen", "rejected")]
+    truth = None if gold[0] is None else hits[truth_decides(parts[2])]
     low, high = wilson(hits.sum().item(), len(hits))
     summary = run.finish(
         accuracy=hits.mean().item(), accuracy_interval=(low, high), length_baseline_accuracy=length,
         accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
+        accuracy_truth=None if truth is None else truth.mean().item(), truth_pairs=0 if truth is None else len(truth),
         naive_bayes_accuracy=bayes.mean().item(), ahead_of_naive_bayes=(hits - bayes).mean().item(),
         ahead_interval=interval(hits - bayes), margin=margins.mean().item(), val_loss=run.best_value,
         test_loss=-F.logsigmoid(margins).mean().item(), calibration_error=calibration(margins), test_pairs=len(hits))
-    print(f"reward model: accuracy {hits.mean():.1%} ({low:.1%} to {high:.1%}) on {len(hits):,} held-out pairs; going "
-          f"by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {(hits - bayes).mean():.1%} "
+    where = "" if truth is None else f", {truth.mean():.1%} of the {len(truth)} where only truth decides"
+    print(f"reward model: accuracy {hits.mean():.1%} ({low:.1%} to {high:.1%}) on {len(hits):,} held-out pairs{where}; "
+          f"going by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {(hits - bayes).mean():.1%} "
           f"+-{interval(hits - bayes):.1%}); margin {margins.mean():.2f}, calibration error "
           f"{summary['calibration_error']:.3f}; {summary['seconds']:.0f} s; {run.folder}/model.safetensors")
     return summary
@@ -959,11 +1007,23 @@ def inner_batches(n, config):
             yield rows.sort().values  # ordered as when they were scored, so that the first ratios are 1 to the bit
 
 
-def improve(policy, episodes, advantages, returns, kl_coef, config, apply, context=contextlib.nullcontext()):
+def writing_loss(model, examples, pad_id):
+    """Return the mean loss () in nats a token of writing the responses of [(prompt ids, response ids)].
+
+    Added to the policy's loss it is PPO-ptx, by which InstructGPT kept what it could do before (Ouyang et al. 2022,
+    equation 2); there with pretraining text, here with answers to the same prompts that somebody preferred."""
+    ids, mask, R = pack(*zip(*examples), pad_id, model.device)
+    logprobs = summed_logprobs(model, response_states(model, ids, mask, R), ids[:, -R:], mask[:, -R:])
+    return -logprobs.sum() / mask[:, -R:].sum()
+
+
+def improve(policy, episodes, advantages, returns, kl_coef, config, apply, context=contextlib.nullcontext(),
+            further=None):
     """Return (loss, metrics, gradient norm, rate) after learning from a batch of responses; means over its updates.
 
-    `apply(loss) -> (norm, rate)` clips the gradients and updates the weights, as Run.apply does. Ends early where the
-    policy is further than --max_approxkl from the one that sampled."""
+    `apply(loss) -> (norm, rate)` clips the gradients and updates the weights, as Run.apply does; `further()`, if given,
+    is a loss that is added in every update. Ends early where the policy is further than --max_approxkl from the one
+    that sampled."""
     policy.eval()
     done = []
     for rows in inner_batches(len(episodes.ids), config):
@@ -978,6 +1038,11 @@ def improve(policy, episodes, advantages, returns, kl_coef, config, apply, conte
             loss.backward()  # 5. backward
             batch_loss += loss.item()
             metrics.update({key: value * share for key, value in found.items()})
+        if further:
+            with context:
+                loss = further()
+            loss.backward()
+            batch_loss, metrics["loss/ptx"] = batch_loss + loss.item(), loss.item()
         assert done or abs(metrics["val/ratio"] - 1) < 0.05, "the first ratio is not 1: dropout, or other temperatures?"
         if done and config.max_approxkl and metrics["policy/approxkl"] > config.max_approxkl:
             break
@@ -989,7 +1054,7 @@ def improve(policy, episodes, advantages, returns, kl_coef, config, apply, conte
 def episode_metrics(episodes, returns, kl_coef):
     """Return the figures of a batch of responses under the names that practitioners know; KL and entropy a response."""
     mask, k1 = episodes.response_mask, (episodes.logprobs - episodes.ref_logprobs).sum(1)
-    figures = {"objective/scores": episodes.scores.mean(), "objective/scores_std": episodes.scores.std(),
+    figures = {"objective/scores": episodes.scores.mean(), "objective/scores_std": episodes.scores.std(correction=0),
                "objective/kl": k1.mean(), "objective/kl_exact": episodes.kl.mean(), "objective/kl_coef": kl_coef,
                "objective/entropy": episodes.entropy.sum(1).mean(), "objective/non_score_reward": -kl_coef * k1.mean(),
                "objective/rlhf_reward": (episodes.scores - kl_coef * k1).mean(),
@@ -1051,8 +1116,11 @@ def train_policy(config, stage):
             with context:
                 episodes = play(policy, start, [prompts[i] for i in batch], reward, tokenizer, config, group)
             advantages, returns = targets(episodes, kl_coef, config, stage)
+            answers = [(prompts[i].ids, encode_response(prompts[i].reference, tokenizer, template)
+                        [: config.response_length]) for i in batch]
+            keep = functools.partial(lambda rows: config.ptx_coef * writing_loss(model, rows, tokenizer.eot_id), answers)
             loss, metrics, norm, rate = improve(policy, episodes, advantages, returns, kl_coef, config, run.apply,
-                                                context)
+                                                context, keep if config.ptx_coef else None)
             run.advance(loss, int(episodes.mask.sum()))
             metrics |= episode_metrics(episodes, returns, kl_coef)
             report_policy(run, episodes, loss, norm, rate, metrics)  # 7. report
@@ -1065,16 +1133,7 @@ def train_policy(config, stage):
 
 def pair_logprobs(model, rows, pad_id):
     """Return (chosen, rejected), (B,) each: the summed log-probabilities of both answers of B Pairs."""
-    states, starts = pair_states(model, rows, pad_id)
-    summed = []
-    for side in ("chosen", "rejected"):
-        answers = [getattr(row, side) for row in rows]
-        ids, mask, R = pack([[]] * len(rows), answers, pad_id, model.device)
-        first = [P if side == "chosen" else Q for P, Q in starts]
-        before = torch.tensor([[P - 1, *range(at, at + R - 1)] for at, (P, _) in zip(first, starts)])
-        before = before.clamp(max=states.shape[1] - 1).to(model.device)[:, :, None].expand(-1, -1, states.shape[2])
-        summed.append((token_scores(model.out_head(states.gather(1, before)), ids)[0] * mask).sum(1))
-    return summed
+    return answer_logprobs(model, *pair_states(model, rows, pad_id), rows, pad_id)
 
 
 def pair_loss(model, start, rows, pad_id, config):

@@ -1,7 +1,7 @@
 """Pretraining, and with it the machinery of every training script: options, device, optimizer, schedule, log, curves,
 exact resume.
 
-    python train.py                                        the built-in world, tiny model: about 4 minutes on 2 cores
+    python train.py                                        the built-in world, tiny model: about 2 minutes on 2 cores
     python train.py --data my.txt --tokenizer gpt2 --model gpt2 --batch_size 8    your own text, GPT-2's size
     python train.py --data shakespeare --tokenizer char --optimizer muon          tiny Shakespeare, letter by letter
     python train.py --resume                               go on where a run was stopped (Ctrl-C saves first), or, with
@@ -9,6 +9,8 @@ exact resume.
     python train.py evaluate --checkpoint out/pretrain/model.safetensors --data my.txt
     python train.py report                                 out/report.html: every stage in out/ on one page, 5 seconds
     torchrun --standalone --nproc_per_node=2 train.py      two processes share the work: one for each GPU, or on CPUs
+    torchrun --standalone --nproc_per_node=8 train.py --model gpt2-xl --tokenizer gpt2 --optimizer adamw --fsdp
+                                                           a model too large for one GPU: each holds an eighth of it
 
 Reads text (see data.py) and a tokenizer. Writes into --out_dir: model.safetensors (the weights with the best
 validation loss, with config and tokenizer: all that generation needs), state.pt (what --resume needs),
@@ -29,6 +31,7 @@ batches of it, a resumed run that ends with the same bits, and --optimizer muon 
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -124,6 +127,7 @@ class Config(Options):
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by optimizer and model size", low=-1)
     optimizer: str = option("muon", "muon takes AdamW for all but the blocks' matrices", choices=("adamw", "muon"))
+    fsdp: bool = option(False, "under torchrun, with AdamW: each process holds only its share of the model")
     sample_prompt: str = option("", "what the sample at each evaluation continues")
     sample_tokens: int = option(60, "tokens of that sample, 0 = none", low=0)
     checkpoint: str = option("", "evaluate: the model, default out_dir/model.safetensors")
@@ -135,12 +139,13 @@ def config_parser(Config, doc, script, commands):
     A field of type list takes the words that are no flags."""
     parser = Parser(prog=f"python {script}", description=doc.strip(), allow_abbrev=False,
                     usage=f"python {script} [{'|'.join(commands)}] [flags]",
-                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 120))
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28))
     types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         meta, kind = field.metadata, types[field.name]
-        limit = limits(field) if meta["low"] or meta["high"] else ""  # "at least 0" goes without saying
-        notes = ", ".join(filter(None, (f"default {field.default}" if field.default != "" else "", limit)))
+        limit = limits(field) if (meta["low"] or 0) > 0 or meta["high"] else ""  # the rest goes without saying
+        default = f"{field.default:g}" if kind is float else field.default
+        notes = ", ".join(filter(None, (f"default {default}" if default != "" else "", limit)))
         help = (meta["help"] + (f" ({notes})" if notes else "")).replace("%", "%%")
         if kind is list:
             parser.add_argument(field.name, nargs="*", help=meta["help"])
@@ -186,6 +191,8 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
     would overwrite a run) or 1 (found later); a run that was stopped by a signal returns 130 or 143 after saving."""
     if process():  # of several processes the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII shows codes, and goes on
     argv, script = list(sys.argv[1:] if argv is None else argv), os.path.basename(file)
     command_line, debug = shlex.join(["python", script, *argv]), "--debug" in argv
     command = argv.pop(0) if argv and not argv[0].startswith("-") else next(iter(commands))
@@ -214,10 +221,14 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
         return 141
     except (argparse.ArgumentError, ValueError, OSError, RuntimeError, MemoryError) as error:
         memory = "alloc" in str(error) and "memory" in str(error) or isinstance(error, MemoryError)
-        if debug or type(error) is RuntimeError and not memory:
+        gone = several and (isinstance(error, dist.DistError) or "gloo" in str(error))  # met outside of `lost`
+        if debug or type(error) is RuntimeError and not (memory or gone):
             raise
+        error = LOST if gone else error
         if memory:
             error = "out of memory; lower --batch_size or --context_length, or raise --accumulate"
+        elif getattr(error, "errno", None) and error.filename is None and Run.current is not None:
+            error.filename = str(Run.current.folder)  # a full disk shows when a file is closed, and then has no name
         message, status = f"error: {explain(error)}", 2 if isinstance(error, argparse.ArgumentError) else 1
     finally:
         if Run.current is not None:
@@ -233,9 +244,11 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
 #
 # There is no DistributedDataParallel around the model: every gradient is summed once an update, when its last piece is
 # computed. So nothing is sent between the pieces of --accumulate, and tied weights, Muon and adapters need no thought;
-# given up is sending the gradients of late layers while those of early ones are still computed.
+# given up is sending the gradients of late layers while those of early ones are still computed. Each process holds the
+# whole model; with --fsdp, for models that do not fit, FSDP2 leaves each its share, and the files are the same.
 
 GUARD = 60  # seconds that a process may be behind the others in a step before the run is ended
+LOST = f"another process of this run ended, or was silent for {GUARD} s; --resume goes on from the last save"
 several = None  # in a run of several processes: the group for waits without limit, while the first one works alone
 
 
@@ -255,6 +268,8 @@ def launch(config, command, supported):
     Raises ArgumentError for a command that runs in one process, and for more processes than GPUs."""
     global several
     count, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if getattr(config, "fsdp", False):
+        check_sharding(config, count)
     if count == 1 or several:
         return
     if not supported:
@@ -288,9 +303,10 @@ def lost():
     """Return a context that turns a failed exchange with the other processes into a ConnectionError of one line."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
     except RuntimeError as error:
-        raise ConnectionError(f"another process of this run ended, or was silent for {GUARD} s; --resume goes on from "
-                              "the last save") from error
+        raise ConnectionError(LOST) from error
 
 
 def wait():
@@ -342,7 +358,7 @@ def sum_gradients(model):
 
     Each loss was divided by the tokens of the whole batch, so the sum is the whole batch's gradient, however unequal
     the shares; DistributedDataParallel's mean of means would weigh a token by the process that it came to."""
-    if not several:
+    if not several or hasattr(model, "reshard"):  # a sharded model's are summed while backward runs
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
@@ -350,6 +366,74 @@ def sum_gradients(model):
         dist.all_reduce(flat)
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         parameter.grad = grad.view_as(parameter)
+
+
+def check_sharding(config, count):
+    """Return None; raises ArgumentError for --fsdp in one process or beside a flag that needs whole parameters."""
+    if count == 1:
+        raise argparse.ArgumentError(None, "--fsdp shares a model among processes; start them with torchrun "
+                                           "--standalone --nproc_per_node=2 train.py ..., or leave it out")
+    if config.optimizer != "adamw":
+        raise argparse.ArgumentError(None, f"--fsdp does not go with --optimizer {config.optimizer}, which needs whole "
+                                           "matrices; give --optimizer adamw")
+    if config.compile:
+        raise argparse.ArgumentError(None, "--fsdp does not go with --compile; leave one of the two out")
+
+
+def shard(model, device):
+    """Return `model` with its parameters, and so gradients and AdamW's state, shared among the processes, in place.
+
+    Every parameter is cut along its first dimension. A block is put together on each process while it computes, forward
+    and again backward, then dropped; its gradient is summed and cut in one exchange. Under autocast the bfloat16 copies
+    of all weights stay until backward, 2 bytes a parameter. This is torch's own FSDP2, after Rajbhandari et al. 2020,
+    "ZeRO", arXiv:1910.02054."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (processes(),))
+    for part in (*model.trf_blocks, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # what reads parameters between steps finds shards
+        part.set_gradient_divide_factor(1.0)  # the sum, not the mean: see sum_gradients
+        part.set_force_sum_reduction_for_comms(True)  # gloo can do no other
+    return model
+
+
+def full(tensor):
+    """Return a tensor that may be sharded as an ordinary one, whole in every process."""
+    with lost():
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gathered(value):
+    """Return dicts and lists with each sharded tensor in them whole, on the CPU; None for it in all but the first."""
+    if isinstance(value, dict):
+        return {key: gathered(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [gathered(part) for part in value]
+    if not hasattr(value, "full_tensor"):
+        return value
+    value = full(value)
+    return None if process() else value.cpu()
+
+
+def sharded_like(tensor, own):
+    """Return a whole tensor in the shards of a parameter `own` of the same shape; as it is where `own` has none."""
+    if not hasattr(own, "full_tensor") or tensor.shape != own.shape:  # AdamW's count of steps is one number
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def whole_model(model):
+    """Return the model; a sharded one as a copy on the CPU in the first process, None in the others."""
+    if not hasattr(model, "reshard"):
+        return model
+    weights = gathered(model.state_dict())
+    if process():
+        return None
+    plain = gpt.empty_model(model.config)
+    plain.load_state_dict(weights)
+    return plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +517,7 @@ class Muon(torch.optim.Optimizer):
     section 2.2), so the same rate and weight decay serve both. A fused query/key/value matrix counts as three. Runs
     in the parameters' own precision: torch's own Muon forces bfloat16, which a CPU without units for it pays for."""
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.9):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -528,7 +612,7 @@ class Stopped(Exception):
 
 def saved_options(config):
     """Return the options that decide a run's result, as a dict of plain values."""
-    skipped = ("resume", "fresh", "debug", "checkpoint", "log_every", "out_dir")
+    skipped = ("resume", "fresh", "debug", "checkpoint", "log_every", "out_dir", "fsdp")
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in skipped}
 
 
@@ -538,17 +622,23 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_state(path):
+def damaged_part(path):
+    """Return the name of the first part of a zip archive whose checksum is not that of its bytes, None if all are."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def read_state(path, mmap=False):
     """Return the dict that `Run.save` wrote; raises ValueError where the file is damaged or not ours.
+
+    With `mmap` its tensors stay on the disk until they are used, so that many processes can read it at once.
 
     torch.load does not check the archive's CRCs (a flipped bit in a weight would load silently), so they are checked
     first; weights_only keeps the file from running anything."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
+        if damaged := damaged_part(path):
             raise ValueError(f"{damaged} fails its checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if type(state) is not dict or state.get("format") != 1:
             raise ValueError("not a state of this program")
     except FileNotFoundError:
@@ -584,12 +674,13 @@ class Run:
         self.step = self.total = self.tokens = self.bad_evaluations = self.count = 0
         self.best_value, self.seconds, self.train_seconds, self.loss_sum = math.inf, 0.0, 0.0, 0.0
         self.recent, self.clock, self.state, self.stop_signal, self.lock_file = [], None, None, 0, None
+        self.losses = collections.deque(maxlen=100)  # of the last steps, to tell a spike
         self.kept = {}  # plain values of the script's own that a resumed run needs
         if process() == 0:
             self.open()
         wait()
         if together(int(self.state is not None), "max") and self.state is None:  # the first process found one
-            self.state = read_state(self.folder / "state.pt")
+            self.state = read_state(self.folder / "state.pt", getattr(config, "fsdp", False))
         Run.current = self
 
     def open(self):
@@ -607,10 +698,10 @@ class Run:
                                                "--fresh moves the folder aside and starts anew")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for rest in self.folder.glob(".*.tmp"):  # left by a process that was killed while writing
-            rest.unlink()
+        for rest in (*self.folder.glob(".*.tmp"), *self.folder.glob("adapter/.*.tmp")):
+            rest.unlink()  # left by a process that was killed while writing
         if (self.folder / "state.pt").exists():
-            self.state = read_state(self.folder / "state.pt")
+            self.state = read_state(self.folder / "state.pt", getattr(config, "fsdp", False))
             self.compare(self.state["options"])
         elif config.resume:
             print(f"a new run in {self.folder}, starting at step 0", file=sys.stderr)
@@ -673,6 +764,7 @@ class Run:
             self.save()  # before any other file, so that what was killed at whatever moment can be resumed
         else:
             self.restore(self.state)
+            self.state = None  # it is as large as model and optimizer together
             if process() == 0:
                 (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is made longer now
         if self.config.warmup_steps >= total:
@@ -692,11 +784,16 @@ class Run:
         self.clock = time.monotonic()
 
     def cut_log(self):
-        """Take from metrics.jsonl what a stopped run logged after its last save: it is going to be logged again."""
-        metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if self.step and metrics.exists() else []
+        """Take from metrics.jsonl what a stopped run logged after its last save: it is going to be logged again.
+
+        A line that a full disk or a power cut left unfinished goes too."""
+        metrics, kept = self.folder / "metrics.jsonl", []
+        known = self.step and metrics.exists()
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if known else ():
+            with contextlib.suppress(ValueError):
+                kept += [line + "\n"] if json.loads(line)["step"] <= self.step else []
         with replacing(metrics) as file:
-            file.write("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step).encode())
+            file.write("".join(kept).encode())
 
     def on_signal(self, number, frame):
         """Ask the loop to stop, and let a second signal do its usual work."""
@@ -713,13 +810,14 @@ class Run:
             raise ValueError(f"--init {self.config.init} is no longer what {self.folder} was started from; --fresh "
                              "starts anew")
         own = trainable_state(self.model)
-        for name in sorted(set(own) | set(state["model"])):
-            if name not in own or name not in state["model"] or own[name].shape != state["model"][name].shape:
-                raise ValueError(f"{self.folder}/state.pt does not fit the model at {name!r}; --fresh starts anew")
+        self.check_fit(own, state)
         with torch.no_grad():
             for name, tensor in state["model"].items():
-                own[name].copy_(tensor)
+                own[name].copy_(sharded_like(tensor, own[name]))
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, values in saved["state"].items():
+                values.update({key: sharded_like(value, parameters[number]) for key, value in values.items()})
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         for number, rng in zip(range(torch.cuda.device_count()), state["cuda_rng"]):  # as many GPUs as both have
@@ -727,23 +825,40 @@ class Run:
         for key, value in state["progress"].items():
             setattr(self, key, value)
 
+    def check_fit(self, own, state):
+        """Raise ValueError for the first tensor of a saved state that is missing, of another shape, or not finite."""
+        fits = {name: name in own and name in state["model"] and own[name].shape == state["model"][name].shape
+                and bool(state["model"][name].isfinite().all()) for name in sorted(set(own) | set(state["model"]))}
+        for number, (optimizer, saved) in enumerate(zip(self.optimizers, state["optimizers"])):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, values in saved["state"].items():  # torch would take other shapes, and fail in the next step
+                fits[f"optimizer {number}, parameter {index}"] = index < len(parameters) and all(
+                    t.shape in ((), parameters[index].shape) for t in values.values() if torch.is_tensor(t))
+        for name in (name for name, sound in fits.items() if not sound):
+            raise ValueError(f"{self.folder}/state.pt does not fit the model at {name!r}, or holds values that are not "
+                             "finite; --fresh starts anew")
+
     def save(self):
         """Write state.pt: everything that `start` puts back. Several processes hold the same, the first one writes."""
+        model, optimizers = gathered([trainable_state(self.model), [o.state_dict() for o in self.optimizers]])
         if process() == 0:
-            self.write_state()
+            self.write_state(model, optimizers)
         wait()
 
-    def write_state(self):
-        """Write state.pt."""
+    def write_state(self, model, optimizers):
+        """Write state.pt with these parts of it."""
         progress = ("step", "tokens", "best_value", "bad_evaluations", "loss_sum", "count", "train_seconds", "kept")
         cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state = {"format": 1, "step": self.step, "options": saved_options(self.config),
-                 "data_sha256": self.data_sha256, "model": trainable_state(self.model),
-                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                 "data_sha256": self.data_sha256, "model": model, "optimizers": optimizers,
                  "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
                  "progress": {**{key: getattr(self, key) for key in progress}, "seconds": self.elapsed()}}
         with replacing(self.folder / "state.pt") as file:
             torch.save(state, file)
+            file.flush()
+            if damaged_part(file.name):
+                raise OSError(f"{self.folder}/state.pt does not read back as it was written, the one before stays; "
+                              "write to another disk")
 
     def elapsed(self):
         """Return the seconds that this run has taken, earlier parts included."""
@@ -776,7 +891,7 @@ class Run:
         config = self.config
         sum_gradients(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
+        norm = full(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ValueError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: nothing was updated, "
                              f"{self.folder} keeps the last good state; lower --learning_rate, raise --warmup_steps, "
@@ -795,7 +910,13 @@ class Run:
         self.loss_sum, self.count = self.loss_sum + loss, self.count + 1
 
     def report(self, loss, norm, rate, tokens):
-        """Log this step, and every --log_every steps a line: loss, rate, gradient norm, tokens a second, time left."""
+        """Log this step, and every --log_every steps a line: loss, rate, gradient norm, tokens a second, time left.
+
+        A loss twice as high as any of the last 100 steps, and above 1, is warned of."""
+        if len(self.losses) >= 20 and loss > max(1.0, 2 * max(self.losses)):
+            print(f"warning: step {self.step}: loss {loss:.4g}, the highest of the {len(self.losses)} steps before was "
+                  f"{max(self.losses):.4g}; look at this batch, or lower --learning_rate or --clip", file=sys.stderr)
+        self.losses.append(loss)
         self.recent.append((loss, tokens, time.monotonic() - self.step_clock))
         self.train_seconds += self.recent[-1][2]
         if self.step % self.config.log_every and self.step != self.total:
@@ -1026,8 +1147,9 @@ def evaluate_loss(model, windows, batch_size=32, context=contextlib.nullcontext(
     """Return (mean loss in nats a token, number of tokens) over every window once, shared among the processes."""
     was_training = model.training
     model.eval()
-    total, count, mine = 0.0, 0, share(range(len(windows)))
-    for start in range(0, len(mine), batch_size):
+    total, count, mine = 0.0, 0, share(torch.arange(len(windows)))
+    passes = together(math.ceil(len(mine) / batch_size), "max")  # sharded, all must compute each block as often
+    for start in range(0, passes * batch_size, batch_size):
         ids, targets = (t.to(model.device) for t in windows.batch(mine[start : start + batch_size]))
         with context:
             logits = model(ids)
@@ -1057,6 +1179,7 @@ def evaluate_and_keep(run, model, tokenizer, windows, config, context):
     """Evaluate on the whole validation split, keep the weights if they are the best so far, log and draw it all."""
     loss, tokens = evaluate_loss(model, windows, context=context)
     better = run.best(loss)
+    model = whole_model(model)
     if process() == 0:
         write_evaluation(run, model, tokenizer, config, loss, better)
     wait()
@@ -1095,7 +1218,7 @@ def train(config):
     else:
         model, tokenizer, _ = first(load_start, config, "python train.py")  # its weights know no other tokenizer
     folder = first(prepare, config.data, tokenizer)
-    model.to(device)
+    model = shard(model, device) if config.fsdp else model.to(device)
     config = copy.copy(config)  # the caller's stays as it is
     config.learning_rate = default_rate(config, model) if config.learning_rate < 0 else config.learning_rate
     length = model.config.context_length
@@ -1108,6 +1231,7 @@ def train(config):
     optimizers = make_optimizers(model, config)
     run.start(model, optimizers, total_steps(config, per_epoch), token_info(folder / "train.bin")["sha256"])
     forward = torch.compile(model) if config.compile else model
+    pieces = torch.tensor_split if config.fsdp else torch.chunk  # sharded, all must compute each block as often
     model.train()
     if run.step == 0:
         evaluate_and_keep(run, model, tokenizer, val_windows, config, context)
@@ -1117,7 +1241,7 @@ def train(config):
             model.zero_grad(set_to_none=True)  # 3. clear gradients
             all_ids, all_targets = (t.to(device, non_blocking=True) for t in windows.batch(batch))
             batch_loss, tokens = 0.0, together((all_targets != gpt.IGNORE).sum().item())
-            for ids, targets in zip(all_ids.chunk(config.accumulate), all_targets.chunk(config.accumulate)):
+            for ids, targets in zip(*(pieces(t, config.accumulate) for t in (all_ids, all_targets))):
                 with context:
                     logits = forward(ids)
                 loss = next_token_loss(logits, targets) / tokens  # 4. loss
@@ -1204,10 +1328,12 @@ vertical-align:top;padding:.35rem 1.4rem .35rem 0;border-bottom:1px solid var(--
 figure{display:grid;gap:1.5rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 figure svg{width:100%;max-width:42rem}figure text{font-size:14px;font-family:system-ui,sans-serif;fill:currentColor}
 .g{stroke:var(--line)}code{line-height:2.1;white-space:pre-wrap}.facts td+td{overflow-wrap:anywhere}
+.s td{max-width:22rem;overflow-wrap:break-word}
 code span{padding:.25em .1em;border-radius:3px}
-@media(max-width:640px){figure text{font-size:16px}.s tr{display:block;border-bottom:1px solid var(--line);
-padding:.6rem 0}.s tr:first-child,.s td:empty{display:none}.s td{display:grid;grid-template-columns:6rem 1fr;border:0;
-padding:0;overflow-wrap:anywhere}.s td::before{content:attr(data-of);color:var(--soft);font-size:.86rem}}"""
+@media(max-width:640px){figure text{font-size:20px}.s tr{display:block;border-bottom:1px solid var(--line);
+padding:.6rem 0}.s tr:first-child,.s td:empty{display:none}.s td{display:grid;grid-template-columns:6rem 1fr;
+border:0;padding:0;max-width:none;overflow-wrap:anywhere}
+.s td::before{content:attr(data-of);color:var(--soft);font-size:.86rem}}"""
 
 
 def read_rows(path, missing=None):
@@ -1250,7 +1376,7 @@ def results(found):
     for stage, row in ((stage, row) for stage in found for row in FIGURES if stage in row[0].split()):
         summary, (_, what, key, form, *others) = found[stage], row
         spread, bounds = summary.get(key + "_std"), summary.get(key + "_interval", ())
-        bounds = f"+-{spread:{form}} over seeds" if spread else " to ".join(format(bound, form) for bound in bounds)
+        bounds = f"sd {spread:{form}} over seeds" if spread else " to ".join(format(bound, form) for bound in bounds)
         beside = [f"{name} {summary[other]:{form}}" for name, other in others if summary.get(other) is not None]
         if (value := summary.get(key + "_mean", summary.get(key))) is not None:
             rows.append((STAGES[stage][1], what, format(value, form), bounds, ", ".join(beside)))
@@ -1301,7 +1427,10 @@ def same_questions(root, device):
     """Return a table of held-out questions, one of a kind: the reference, and what each stage's model answers."""
     before, after = ({(row["instruction"], row["input"]): row for row in read_rows(root / "sft" / name, [])}
                      for name in ("responses.before.json", "responses.json"))
-    kinds = {row.get("kind", n): question for n, (question, row) in enumerate(before.items()) if question in after}
+    kinds = {}  # words that training never saw in a kind have a figure of their own and come last here
+    for n, (question, row) in enumerate(sorted(before.items(), key=lambda item: bool(item[1].get("unseen")))):
+        if question in after:
+            kinds.setdefault(row.get("kind", n), question)
     asked = list(kinds.values())[:13]
     columns = {"question": ["\n".join(filter(None, question)) for question in asked],
                "reference": [after[question]["reference"] for question in asked]}

@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(tokenizer):
 
 
 def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
-    """The order is a permutation that depends on seed and epoch alone, and saves nearly all padding."""
+    """The order is a permutation that depends on seed and epoch alone, and saves most of the padding."""
     rng = random.Random(0)
     items = [([0] * rng.randrange(5, 60), 2) for _ in range(1003)]
     config = sft.Config(batch_size=16)
@@ -132,7 +132,7 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
     assert sorted(first.tolist()) == list(range(1003)) and torch.equal(first, again) and not torch.equal(first, second)
     lengths = torch.tensor([len(ids) for ids, _ in items])[first[:992]].view(-1, 16)
     bucketed, in_random = sft.padding(items, config, 64)
-    assert bucketed < 0.06 and 0.35 < in_random < 0.6
+    assert bucketed < 0.16 and 0.35 < in_random < 0.6
     assert 1 - (lengths.sum() / (lengths.max(1).values * 16).sum()).item() == pytest.approx(bucketed, abs=0.02)
     means = lengths.float().mean(1)
     assert abs(torch.corrcoef(torch.stack([means, torch.arange(62.0)]))[0, 1]) < 0.4  # not from short to long

@@ -1,16 +1,19 @@
 """The shape of the project: nine files, who imports whom, what is copied with what, and help that reads well."""
 
 import ast
-import importlib
+import functools
+import io
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = ["gpt.py", "tokenizer.py", "data.py", "lora.py", "gpt2_weights.py"]
@@ -22,8 +25,10 @@ OPTIONAL = {"lora.py": {"safetensors"}}  # used where gpt.py is not beside it
 OURS = {"gpt.py": {"tokenizer", "gpt2_weights"}, "tokenizer.py": {"data"}, "data.py": {"tokenizer"},
         "lora.py": {"gpt", "tokenizer", "gpt2_weights"}, "gpt2_weights.py": {"gpt", "tokenizer"},
         "train.py": {"gpt", "tokenizer", "data", "gpt2_weights"}}
+WITH_TRAIN = ["gpt.py", "tokenizer.py", "data.py", "train.py"]
 COPY = {"gpt.py": [], "tokenizer.py": [], "data.py": ["tokenizer.py"], "lora.py": [], "gpt2_weights.py": ["gpt.py"],
-        "train.py": ["gpt.py", "tokenizer.py", "data.py"]}
+        "train.py": WITH_TRAIN[:3], "finetune_cls.py": WITH_TRAIN, "finetune_sft.py": WITH_TRAIN,
+        "rlhf.py": [*WITH_TRAIN, "finetune_sft.py"]}
 
 
 def imports(tree):
@@ -76,57 +81,8 @@ def test_public_functions_and_classes_say_what_they_return(name):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-QUOTED = re.findall(r"`([^`\n]+)`", README)
-QUOTED += [line for block in README.split("```")[1::2] for line in block.splitlines()]
-
-
-def test_the_readme_names_only_what_is_there():
-    """No placeholder is left, and the files and make targets that it names exist."""
-    assert re.findall(r"\{\w*\}|TODO|TBD|XXX", README) == []
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    named = [command.split()[1] for command in QUOTED if re.match(r"make [a-z]", command)]
-    assert len(named) > 2 and set(named) <= {*targets, "help"}
-    linked = re.findall(r"\]\(([^):]+)\)", README)
-    files = [word for command in QUOTED for word in command.split() if re.fullmatch(r"\w+\.py", word)]
-    assert len(linked) > 2 and len(files) > 20
-    assert [name for name in linked + files if not (ROOT / name).exists()] == []
-
-
-@pytest.mark.parametrize("name", THERE)
-def test_the_readme_names_only_commands_and_flags_that_are_there(name, capsys):
-    """Every command word and flag of a `python FILE.py ...` line stands in the help of that file."""
-    assert importlib.import_module(name[:-3]).main(["--help"]) == 0
-    help = capsys.readouterr().out
-    commands = set(re.findall(rf"^usage: python {name} (\w+)", help, re.MULTILINE))
-    commands |= set("".join(re.findall(rf"^usage: python {name} \[([\w|-]+)\]", help, re.MULTILINE)).split("|"))
-    lines = [shlex.split(line, comments=True) for line in QUOTED if f"python {name}" in line]
-    lines = [line[line.index(name) + 1 :] for line in lines if name in line]  # not in a comment
-    assert lines and len(commands) > 1
-    assert [line[0] for line in lines if line and line[0][0] != "-" and line[0] not in commands] == []
-    flags = {word.split("=")[0] for line in lines for word in line if re.match("--[a-z]", word)}
-    assert {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?!\w)", help)} == set()
-
-
-def test_the_table_of_topics_names_only_what_is_there():
-    """Every `file.py:name` of the README's table is an attribute of that module, and every test beside it is one."""
-    table = README.split("## From the notes to the code")[1].split("\n## ")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    tests = set(re.findall(r"^def (test_\w+)", "".join(path.read_text(encoding="utf-8") for path in
-                                                       (ROOT / "tests").glob("test_*.py")), re.MULTILINE))
-    assert len(rows) > 40
-    for row in rows:
-        code, test = (re.findall("`([^`]+)`", cell) for cell in row.split("|")[2:4])
-        assert code and len(test) == 1 and test[0] in tests, row
-        for file, name in (one.split(".py:") for one in code):
-            found = importlib.import_module(file)
-            for part in name.split("."):
-                found = getattr(found, part, None)
-            assert callable(found), f"{file}.py has no {name}"
-
-
 def dangers(tree):
-    """Yield (line, what) for every call in a syntax tree that could run foreign code, trust a server blindly, or hang."""
+    """Yield (line, what) for every call that could run foreign code, trust a server blindly, or hang."""
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         called = ast.unparse(call.func)
         words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
@@ -159,33 +115,101 @@ def test_the_search_for_dangers_finds_them():
     assert list(dangers(ast.parse("open(p, 'wb'); requests.get(u, timeout=3); model.eval()"))) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in THERE if name in COPY])
-def test_a_file_copied_with_its_companions_runs_elsewhere(name, tmp_path):
-    """In an empty folder, with only what the README says to copy, --help works and nothing is written to stderr."""
-    for file in [name, *COPY[name]]:
-        shutil.copy(ROOT / file, tmp_path)
-    code = f"import {name[:-3]}"
-    for command in (["-c", code], [name, "--help"]):
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                              timeout=120)
-        assert done.returncode == 0 and done.stderr == "", (command, done.stderr)
-    assert done.stdout.strip().startswith(("usage", ast.get_docstring(parsed(name)).split("\n")[0][:40]))
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
 
 
-@pytest.mark.slow
-def test_gpt_copied_alone_trains_and_generates(tmp_path):
-    """gpt.py alone in a folder is a library: build, learn, generate, save, load."""
-    shutil.copy(ROOT / "gpt.py", tmp_path)
-    code = """
+@pytest.mark.parametrize("no_color, coloured", [(None, True), ("", True), ("1", False)])  # no-color.org: "" is unset
+def test_colours_are_for_terminals_and_never_with_no_color(no_color, coloured, monkeypatch, tmp_path):
+    """On a terminal tokens are coloured unless NO_COLOR is set; elsewhere never, and no other file has colours."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer.CharTokenizer.train(["Tom has"]).save(path)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    for stream, wanted in ((Terminal(), coloured), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert tokenizer.main(["inspect", "Tom has", "--tokenizer", str(path)]) == 0
+        assert ("\x1b[" in stream.getvalue()) is wanted and "Tom has"[0] in stream.getvalue()
+    assert [name for name in NINE if re.search(r"x1b\[[\d;]*m|033\[", (ROOT / name).read_text(encoding="utf-8"))] == [
+        "tokenizer.py"]
+
+
+SMALL = ["--emb_dim", "16", "--n_layers", "1", "--n_heads", "2", "--max_steps", "2"]
+TRAINED = [["tokenizer.py", "train", "--data", "text.txt", "--vocab_size", "300"],
+           ["train.py", "--data", "text.txt", *SMALL]]
+TUNED = [*TRAINED, ["finetune_sft.py", "--data", "mine.json", "--template", "plain", "--max_steps", "2"]]
+FEW = ["--data", "mine.json", "--max_steps", "1", "--batch_size", "4", "--response_length", "4"]
+LIBRARY = {
+    "gpt.py": """
 import gpt  # first: it quiets torch's warning about numpy
 import torch
 model = gpt.GPTModel(gpt.GPTConfig(20, 8, 16, 2, 1))
 ids = torch.randint(20, (2, 8))
 torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
 gpt.save_checkpoint("m.safetensors", model)
-print(gpt.generate(gpt.load_checkpoint("m.safetensors")[0], ids, 4).shape)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "torch.Size([2, 12])" and done.stderr == ""
+print(gpt.generate(gpt.load_checkpoint("m.safetensors")[0], ids, 4).shape)""",
+    "lora.py": """
+import lora
+import torch
+model, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)), torch.randn(3, 4)
+before = model(x)
+lora.apply_lora(model, rank=2)
+torch.nn.functional.mse_loss(model(x), before + 1).backward()
+torch.optim.AdamW(lora.lora_parameters(model), lr=0.1).step()
+adapted = model(x)
+print(lora.merge_lora(model)(x).allclose(adapted, atol=1e-6) and not adapted.allclose(before))""",
+    "gpt2_weights.py": """
+import gpt, gpt2_weights
+model = gpt.GPTModel(gpt.GPTConfig(20, 8, 16, 2, 1, qkv_bias=True))
+gpt2_weights.export_gpt2(model, "hf")
+print(all(map(lambda a, b: a.equal(b), model.parameters(), gpt2_weights.load_gpt2("hf").parameters())))"""}
+RUNS = {  # what each file does in the folder, and a word or line of what it prints at the end
+    "gpt.py": ([["-c", LIBRARY["gpt.py"]]], "torch.Size([2, 12])"),
+    "tokenizer.py": ([*TRAINED[:1], ["tokenizer.py", "decode", "51", "78", "76"]], "Tom"),  # as GPT-2
+    "data.py": ([*TRAINED[:1], ["data.py", "prepare", "--data", "text.txt"]], "data/prepared/"),
+    "lora.py": ([["-c", LIBRARY["lora.py"]]], "True"),
+    "gpt2_weights.py": ([["-c", LIBRARY["gpt2_weights.py"]]], "True"),
+    "train.py": ([*TRAINED, ["gpt.py", "--prompt", "Tom has", "--max_new_tokens", "3"]], "Tom has"),
+    "finetune_cls.py": ([["finetune_cls.py", "--data", "mine.tsv", "--init", "scratch", "--vocab_size", "260", *SMALL],
+                         ["finetune_cls.py", "classify", "You won a prize"]], "You won a prize"),
+    "finetune_sft.py": ([*TUNED, ["finetune_sft.py", "evaluate", "--data", "mine.json"]], "exact match"),
+    "rlhf.py": ([*TUNED, ["rlhf.py", "all", *FEW, "--eval_prompts", "2", "--test_prompts", "2"]], "best of 4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NINE)
+def test_a_file_copied_with_its_companions_works_elsewhere(name, tmp_path):
+    """In a folder with only what the README says to copy, --help is quiet and the file does what it is for."""
+    for file in [name, *COPY[name]]:
+        shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / "text.txt").write_text("Tom has a red ball.\n\nMia has a blue hat.\n\n" * 200, encoding="utf-8")
+    (tmp_path / "mine.tsv").write_text("".join(f"ham\tsee you at {n}\nspam\twin {n} coins\n" for n in range(40)),
+                                       encoding="utf-8")
+    (tmp_path / "mine.json").write_text(json.dumps(
+        [{"instruction": f"Add {n} and 1.", "input": "", "output": f"{n + 1}.", "chosen": f"{n + 1}.",
+          "rejected": "No."} for n in range(60)]), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DATA_DIR")}
+    start = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              timeout=120)
+    done = start([sys.executable, name, "--help"])
+    assert done.returncode == 0 and done.stderr == ""
+    assert ast.get_docstring(parsed(name)).split("\n")[0] in done.stdout
+    runs, said = RUNS[name]
+    for command in runs:
+        done = start([sys.executable, *command])
+        assert done.returncode == 0, (command, done.stderr)
+    assert said in done.stdout
+
+
+def test_what_is_copied_with_a_file_is_all_that_it_imports():
+    """Whatever a file or its companions import of ours at the top is among what is copied with it."""
+    for name in NINE:
+        there = {file[:-3] for file in [name, *COPY[name]]}
+        for file in [name, *COPY[name]]:
+            top = [node for node in parsed(file).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+            assert imports(ast.Module(top, [])) & {other[:-3] for other in NINE} <= there, (name, file)

@@ -193,7 +193,7 @@ def test_several_seeds_are_shown_by_mean_and_spread(out):
     """Where a stage ran with --seeds, its mean stands there with the standard deviation, and its parts' curves."""
     write(out / "cls" / "summary.json", summary("classification", test_accuracy=0.9, test_accuracy_mean=0.91,
                                                 test_accuracy_std=0.02, seeds=[1, 2], naive_bayes_accuracy=0.8))
-    assert ("91.0%", "+-2.0% over seeds") in set(zip(*(cells(report(out), name) for name in train.HEAD[2:4])))
+    assert ("91.0%", "sd 2.0% over seeds") in set(zip(*(cells(report(out), name) for name in train.HEAD[2:4])))
 
 
 def test_missing_stages_are_named_with_what_makes_them(out, capsys):

@@ -274,31 +274,45 @@ def test_padding_changes_no_score_and_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, other))
 
 
-def test_a_reward_models_score_ignores_padding_and_batch():
+@pytest.mark.parametrize("head", ["linear", "mlp", "likelihood"])
+def test_a_reward_models_score_ignores_padding_and_batch(head):
     """Padding left, right or none, alone or in a batch: the same score; the last real token decides."""
     torch.manual_seed(0)
-    model = RewardModel(toy().gpt, "mlp")
+    model = RewardModel(toy().gpt, head)
     alone = model(torch.tensor([[1, 2, 3]]))
     ids = torch.tensor([[1, 2, 3, 0, 0], [0, 0, 1, 2, 3], [6, 5, 4, 3, 2]])
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     scores = model(ids, mask)
+    answers, real, R = rlhf.pack([[4, 1], [1], [5, 6, 1]], [[2, 3]] * 3, 0)
+    assert torch.allclose(model(answers, real, R)[1:2], model(torch.tensor([[1, 2, 3]]), None, 2), atol=1e-6)
     assert torch.allclose(scores[:2], alone.expand(2), atol=1e-6) and abs(scores[2] - alone) > 1e-3
     assert not torch.allclose(model(torch.tensor([[1, 2, 3, 0]])), alone, atol=1e-3)
 
 
-def test_both_answers_of_a_pair_in_one_row_are_as_in_rows_of_their_own():
+def test_the_likelihood_head_reads_the_responses_log_probability():
+    """With all weights on that input the score is the sum over the response's tokens, and over those alone."""
+    model = RewardModel(toy(sharp=10).gpt, "likelihood")
+    ids, mask, R = rlhf.pack([[4, 1, 3], [1]], [[2, 3], [5, 6, 7]], 0)
+    with torch.no_grad():
+        model.head.weight.zero_()[0, -1] = 1
+        found = [sum(torch.log_softmax(model.gpt(torch.tensor([p + r]))[0], -1)[len(p) + i - 1, r[i]] for i in range(len(r)))
+                 for p, r in (([4, 1, 3], [2, 3]), ([1], [5, 6, 7]))]
+        assert torch.allclose(model(ids, mask, R), torch.stack(found), atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "likelihood"])
+def test_both_answers_of_a_pair_in_one_row_are_as_in_rows_of_their_own(head):
     """Scores, log-probabilities and gradients of pairs that share their prompt equal those of separate rows."""
     torch.manual_seed(0)
     draw = lambda n: torch.randint(7, (n,)).tolist()  # noqa: E731
     rows = [rlhf.Pair(draw(3 + i), draw(2 + i % 3) + [7], draw(5 - i % 4) + [7]) for i in range(5)]
-    model = RewardModel(toy(sharp=10).gpt).double()
+    model = RewardModel(toy(sharp=10).gpt, head).double()
     scores, gradients = [], []
     for separate in (False, True):
         model.zero_grad()
         if separate:
-            packed = [rlhf.pack([[]] * 5, [row.prompt + row[side] for row in rows], 0) for side in (1, 2)]
-            chosen, rejected = (model(ids, mask) for ids, mask, _ in packed)
             packed = [rlhf.pack([row.prompt for row in rows], [row[side] for row in rows], 0) for side in (1, 2)]
+            chosen, rejected = (model(*some) for some in packed)
             logprobs = [(rlhf.token_scores(model.gpt.out_head(rlhf.response_states(model.gpt, ids, mask, R)), ids[:, -R:])[0]
                          * mask[:, -R:]).sum(1) for ids, mask, R in packed]
         else:

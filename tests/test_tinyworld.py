@@ -41,12 +41,13 @@ KNOWN = {  # one question for each kind and each thing asked, answered by hand
     "Count only the animals: tie, hook, mouse, dog": "2.",
     "What is 38 plus 13?": "51.",
     "Mia has 17 keys and gets 8 more. How many are there now?": "25.",
-    "Who has the bell at the end?\nKarl has a pink bell. Ann is at the mill. Karl gave the bell to Ann.": "Ann.",
-    "Karl has a pink bell. Ann found an orange kite. What does Ann have now?": "an orange kite.",
+    "Who has the bell at the end?\nKarl has a pink bell. Ann is at the mill. Karl gave the bell to Ann.":
+        "The bell is with Ann.",
+    "Karl has a pink bell. Ann found an orange kite. What does Ann have now?": "Ann has an orange kite.",
     "What does Ann have at the end?\nKarl has a pink bell. Ann has a red kite. Karl gave the bell to Ann.":
-        "a pink bell and a red kite.",
-    "What colour is the bell?\nKarl has a pink bell. Ann has a red kite.": "pink.",
-    "Where is Ann?\nKarl has a pink bell. Ann sings at the mill.": "at the mill.",
+        "Ann has a pink bell and a red kite.",
+    "What colour is the bell?\nKarl has a pink bell. Ann has a red kite.": "The bell is pink.",
+    "Where is Ann?\nKarl has a pink bell. Ann sings at the mill.": "Ann is at the mill.",
     "Where does the fox live?": "in a den.",
     "What does the bee eat?": "nectar.",
     "What is Tom's job?": "baker.",
@@ -142,7 +143,7 @@ def test_sums_sentences_and_stories_are_held_out_in_every_phrasing():
 
 def test_unseen_words_are_never_asked_for_in_their_kind_but_known_ones_are():
     """`unseen` holds for every training example, and the other test words have been met in another phrasing."""
-    met = {(entry["kind"], line_of(prompt_of(entry))[2]["word"].lower()) for entry in questions("train", 24_000)
+    met = {(entry["kind"], line_of(prompt_of(entry))[2]["word"].lower()) for entry in questions("train", 48_000)
            if entry["kind"] in data.WORDS}
     flags = collections.Counter()
     for entry in questions("test", 1_000):
@@ -154,7 +155,7 @@ def test_unseen_words_are_never_asked_for_in_their_kind_but_known_ones_are():
 
 @pytest.mark.parametrize("kind, pattern", [("count", r"The list of \w+ said ([^.]*), and that is"),
                                            ("passive", r"wrote this sentence: ([^.]*\.)"),
-                                           ("story", r'said: "([^"]*?) So now')])
+                                           ("story", r'said: "([^"]*?) In short')])
 def test_lists_sentences_and_stories_of_the_corpus_fall_to_train(kind, pattern):
     """What the corpus tells could be a training input, and by the same rule never one of a test."""
     told = re.findall(pattern, corpus())

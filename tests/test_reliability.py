@@ -1,0 +1,1167 @@
+"""Nothing lost: 64 bad inputs, 24 faults, exact resume of four scripts, corruption, malicious files.
+
+`INPUTS` and `FAULTS` name the test that holds each entry, in this file or another, or why there is nothing to hold."""
+
+import ast
+import builtins
+import errno
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import finetune_cls
+import finetune_sft
+import gpt
+import gpt2_weights
+import lora
+import rlhf
+import tokenizer as tok
+import train
+from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = "test_reliability"
+
+# What a user may give -> the tests that hold what the scripts answer, or "none: " and the reason.
+INPUTS = {
+    "1 empty text": "test_tokenizer::test_bad_files_get_one_line_and_leave_nothing_behind",
+    "2 folder or missing path": f"{HERE}::test_a_folder_or_nothing_where_a_file_is_wanted",
+    "3 byte that is no UTF-8": "test_tokenizer::test_the_offset_of_a_bad_byte_counts_from_the_start_of_the_file",
+    "4 UTF-16, byte order mark": "test_data::test_a_byte_order_mark_is_dropped_and_said_and_utf_16_refused",
+    "5 lone surrogate": "test_tokenizer::test_lone_surrogates_become_the_replacement_character",
+    "6 special token's name in a text": f"{HERE}::test_no_hostile_document_gives_a_special_id",
+    "7 id outside the vocabulary": "test_tokenizer::test_an_invalid_id_is_named_with_the_range",
+    "8 vocabulary too small or too large": "test_tokenizer::test_mistakes_get_one_line_and_the_right_status "
+                                           "test_tokenizer::test_training_stops_when_nothing_is_left_to_merge",
+    "9 vocabulary or merges damaged": f"{HERE}::test_damaged_or_foreign_merges_are_refused",
+    "10 merges of another vocabulary": f"{HERE}::test_damaged_or_foreign_merges_are_refused",
+    "11 a million equal characters": "test_tokenizer::test_a_million_equal_characters_train_and_encode_in_seconds",
+    "12 no network, no cache": f"{HERE}::test_without_network_what_needs_it_is_one_line_and_the_rest_runs",
+    "13 status 404 or 500": "test_data::test_a_download_that_fails_leaves_nothing_behind",
+    "14 login page with status 200": "test_data::test_a_download_that_fails_leaves_nothing_behind",
+    "15 body cut": "test_data::test_a_download_that_fails_leaves_nothing_behind",
+    "16 file:// and ftp://": "test_data::test_only_web_addresses_are_downloaded",
+    "17 zip with members that lead out": "test_data::test_of_a_zip_only_the_expected_member_is_read",
+    "18 zip bomb, no zip, cut zip": "test_data::test_of_a_zip_only_the_expected_member_is_read",
+    "19 JSON of another form": "test_data::test_bad_input_is_one_line_that_names_the_place",
+    "20 one bad line of JSONL": "test_data::test_bad_input_is_one_line_that_names_the_place",
+    "21 NaN, doubled keys, surrogates in JSON": "test_data::test_bad_input_is_one_line_that_names_the_place "
+                                                "test_data::test_half_a_character_in_json_is_replaced_and_counted",
+    "22 open quote, short row, NUL in CSV": "test_data::test_bad_input_is_one_line_that_names_the_place",
+    "23 unknown label, one class only": "test_finetune_cls::test_bad_rows_are_named_and_nothing_is_left_behind "
+                                        "test_finetune_cls::test_mistakes_get_one_line",
+    "24 text shorter than a window": "test_data::test_too_few_tokens_for_a_window_say_how_many_are_needed",
+    "25 empty validation part": f"{HERE}::test_a_validation_part_without_a_window_is_refused",
+    "26 id above 65,535": "test_data::test_large_vocabularies_get_32_bits",
+    "27 token file empty, odd, cut": f"{HERE}::test_damage_to_any_file_is_found_before_it_is_used",
+    "28 token file beyond the vocabulary": "test_data::test_ids_outside_the_vocabulary_are_found_before_training",
+    "29 token file of another tokenizer": "test_data::test_prepared_text_is_used_again_until_text_or_tokenizer_change",
+    "30 nan, inf, negative, 0, 1e3": f"{HERE}::test_every_option_refuses_what_is_no_value",
+    "31 sizes that do not divide, dropout 1.5": f"{HERE}::test_every_option_refuses_what_is_no_value "
+                                                "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
+    "32 misspelled flag": "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
+    "33 device or type that is not there": "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
+    "34 folder with a run": "test_train::test_an_existing_run_is_never_overwritten",
+    "35 --resume of nothing": "test_train::test_resume_in_an_empty_folder_starts_and_says_so",  # and goes on, by design
+    "36 damaged state": f"{HERE}::test_wrong_data_and_a_damaged_state_are_one_line_in_every_script "
+                        "test_train::test_a_damaged_state_is_found_before_it_is_used",
+    "37 --resume with other options or data": "test_train::test_an_existing_run_is_never_overwritten "
+                                              "test_train::test_changed_data_is_refused_on_resume",
+    "38 optimizer state of another model": f"{HERE}::test_a_state_that_does_not_fit_or_is_not_finite_is_refused",
+    "39 weights that are not finite": f"{HERE}::test_a_state_that_does_not_fit_or_is_not_finite_is_refused "
+        "test_safetensors::test_weights_that_are_not_finite_are_named_and_nothing_is_copied",
+    "40 foreign pickle, module, TorchScript": f"{HERE}::test_six_kinds_of_malicious_checkpoints_run_nothing",
+    "41 folder read-only, a file, on a full disk":
+        f"{HERE}::test_a_folder_that_cannot_be_written_ends_before_the_first_step",
+    "42 instruction without a key": "test_finetune_sft::test_entries_that_cannot_be_used_are_refused_or_counted",
+    "43 example longer than the context": "test_finetune_sft::test_what_does_not_fit_is_cut_or_dropped_and_counted",
+    "44 prompt that holds the template":
+        "test_finetune_sft::test_no_mask_covers_a_response_and_no_text_makes_a_special_token",
+    "45 classes that the head has not": "test_finetune_cls::test_mistakes_get_one_line",
+    "46 base missing or of another size": "test_finetune_sft::test_mistakes_get_one_line",
+    "47 rank 0, negative, too large; alpha nan": "test_lora::test_wrong_options_are_refused_and_change_nothing",
+    "48 targets that match nothing": "test_lora::test_wrong_options_are_refused_and_change_nothing",
+    "49 adapter of another base": "test_lora::test_another_base_is_refused_and_left_untouched",
+    "50 adapter with keys missing or left over": "test_lora::test_files_that_do_not_fit_are_refused_by_name",
+    "51 merged twice, or taken out unmerged": "test_lora::test_merged_equals_adapted_and_unmerging_restores_every_bit",
+    "52 judge that is not there": "test_finetune_sft::test_mistakes_get_one_line",
+    "53 judge with status 401, 404, 429, 500":
+        "test_finetune_sft::test_busy_servers_are_asked_again_and_refusals_are_not",
+    "54 judge that answers nonsense": "test_finetune_sft::test_a_reply_that_makes_no_sense_is_missing "
+                                      "test_finetune_sft::test_a_judge_counts_what_is_missing_and_bounds_it",
+    "55 grade that is no grade": "test_finetune_sft::test_a_grade_is_read_strictly",
+    "56 response that instructs the judge": "test_finetune_sft::test_no_response_can_leave_its_fence",
+    "57 equal rewards, batch of one": f"{HERE}::test_ppo_on_one_response_with_one_reward_stays_finite "
+                                      "test_rlhf::test_mistakes_get_one_line",
+    "58 reward or loss that is not finite": f"{HERE}::test_a_gradient_that_is_not_finite_stops_before_the_update "
+                                            "test_rlhf::test_mistakes_get_one_line",
+    "59 malformed safetensors": f"{HERE}::test_a_file_that_is_no_model_is_one_line_wherever_one_is_wanted "
+                                "test_safetensors::test_a_malformed_file_is_refused_with_the_rule_that_it_breaks "
+                                "test_safetensors::test_no_malformed_file_makes_the_reader_claim_memory",
+    "60 weights of another size, transposed": "test_gpt2_weights::test_a_file_that_does_not_fit_names_the_tensor",
+    "61 weights as a pickle": "test_gpt2_weights::test_a_pickle_is_refused_and_nothing_in_it_runs",
+    "62 prompt empty, too long, no UTF-8": f"{HERE}::test_any_prompt_is_continued_or_refused_in_one_line",
+    "63 sampling outside its range": f"{HERE}::test_sampling_options_outside_their_range_are_refused",
+    "64 output closed, full, ASCII": f"{HERE}::test_output_that_ends_or_cannot_show_a_character",
+}
+
+# What can happen to a run -> the same.
+FAULTS = {
+    "F1 SIGKILL while a checkpoint is written": f"{HERE}::test_twenty_kills_while_saving_lose_nothing",
+    "F2 SIGKILL between writing and renaming":
+        f"{HERE}::test_a_kill_between_writing_and_renaming_resumes_to_the_same_bits",
+    "F3 SIGKILL between renaming and deleting": "none: os.replace takes the old file's place, nothing is deleted",
+    "F4 order of writes at a power cut": f"{HERE}::test_every_file_is_on_disk_before_it_has_its_name "
+                                          f"{HERE}::test_what_a_power_cut_leaves_is_cleared_away",
+    "F5 disk full in a save": f"{HERE}::test_a_full_disk_is_named_wherever_a_run_writes "
+                              "test_train::test_a_full_disk_ends_the_run_and_keeps_the_last_good_state",
+    "F6 disk full while data is prepared": f"{HERE}::test_a_disk_that_fills_or_fails_leaves_every_old_file",
+    "F7 disk that fails": f"{HERE}::test_a_disk_that_fills_or_fails_leaves_every_old_file",
+    "F8 flipped bits, cut files": f"{HERE}::test_damage_to_any_file_is_found_before_it_is_used",
+    "F9 download cut": "test_data::test_a_failure_that_passes_is_tried_again "
+                       "test_gpt2_weights::test_a_cut_transfer_goes_on_where_it_stopped",
+    "F10 status 404, 500, 429, redirects": "test_data::test_a_download_that_fails_leaves_nothing_behind "
+        "test_gpt2_weights::test_a_server_that_fails_is_asked_again_only_where_that_may_help",
+    "F11 server that drips or hangs": "test_data::test_no_server_outlasts_the_deadline "
+                                      "test_gpt2_weights::test_a_server_that_falls_silent_does_not_hold_us",
+    "F12 range ignored, changed file": "test_gpt2_weights::test_what_does_not_continue_is_never_joined",
+    "F13 wrong content": "test_gpt2_weights::test_wrong_content_is_thrown_away",
+    "F14 no network": f"{HERE}::test_without_network_what_needs_it_is_one_line_and_the_rest_runs",
+    "F15 folder becomes read-only": f"{HERE}::test_a_folder_that_cannot_be_written_ends_before_the_first_step",
+    "F16 gradient that is not finite": f"{HERE}::test_a_gradient_that_is_not_finite_stops_before_the_update "
+                                       "test_distributed::test_a_loss_that_is_not_finite_in_one_process_stops_both",
+    "F17 spike of the loss": f"{HERE}::test_a_spike_of_the_loss_is_warned_of_once",
+    "F18 process killed or stalled": "test_distributed::test_a_killed_process_ends_the_run_and_the_state_is_good",
+    "F19 Ctrl-C and SIGTERM, in a save, twice": f"{HERE}::test_signals_in_a_save_and_twice "
+                                                "test_distributed::test_an_error_is_told_once_and_a_signal_saves",
+    "F20 two runs in a folder": "test_train::test_a_second_run_in_the_same_folder_is_refused "
+                                f"{HERE}::test_a_lock_ends_with_its_holder",
+    "F21 two downloads of a file": "test_data::test_several_downloads_of_one_file_at_once_all_succeed "
+                                   "test_gpt2_weights::test_two_downloads_at_once_do_not_disturb_each_other",
+    "F22 clock that jumps": f"{HERE}::test_a_clock_that_jumps_changes_nothing",
+    "F23 out of memory": f"{HERE}::test_out_of_memory_names_the_flags_to_lower",
+    "F24 judge or reward that dies": "test_finetune_sft::test_a_judge_that_dies_is_later_asked_only_the_rest "
+        "test_rlhf::test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits",
+}
+
+
+def functions_in(name):
+    """Return the names of the test functions in one file of tests."""
+    tree = ast.parse((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_entry_of_the_lists_is_held_by_a_test_that_exists():
+    """64 inputs and 24 faults, numbered without a gap; what they name is there; at most one has nothing to hold."""
+    assert [int(key.split()[0]) for key in INPUTS] == list(range(1, 65))
+    assert [key.split()[0] for key in FAULTS] == [f"F{n}" for n in range(1, 25)]
+    entries = [*INPUTS.values(), *FAULTS.values()]
+    named = {one for entry in entries if not entry.startswith("none: ") for one in entry.split()}
+    assert sum(entry.startswith("none: ") for entry in entries) <= 1
+    files = {file: functions_in(file) for file in {one.split("::")[0] for one in named}}
+    assert [one for one in named if one.split("::")[1] not in files[one.split("::")[0]]] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small runs of every script
+
+WORDS = "cat dog sun map red box hen pig jam ant owl fox bee cup pen hat".split()
+PAIRS = [{"prompt": f"say {a} {b}", "response_1": f"{a} please", "response_2": f"no {b}", "preferred": 1 + i % 2}
+         for i, (a, b) in enumerate(itertools.islice(itertools.permutations(WORDS, 2), 24))]
+TINY = "--emb_dim 8 --n_layers 1 --n_heads 2"
+STEPS = "--max_steps 12 --eval_every 4 --save_every 3 --warmup_steps 2 --drop_rate 0.1 --accumulate 2 --log_every 1"
+SCRIPTS = {  # name: (main, command, its folder)
+    "train": (train.main, f"train --data text.txt --tokenizer char {TINY} --context_length 16 --batch_size 4 "
+                          f"--sample_tokens 0 --learning_rate 1e-2 {STEPS}", "out/pretrain"),
+    "cls": (finetune_cls.main, f"train --data rows.tsv --init scratch --tokenizer word {TINY} --context_length 12 "
+                               f"--batch_size 11 --epochs 0 {STEPS}", "out/cls"),
+    "sft": (finetune_sft.main, "train --data mine.json --init base.safetensors --template plain --batch_size 9 "
+                               f"--max_new_tokens 2 --epochs 0 {STEPS}", "out/sft"),
+    "ppo": (rlhf.main, "ppo --data pairs.json --init base.safetensors --reward mine:length --response_length 2 "
+                       f"--batch_size 4 --ppo_epochs 1 --eval_prompts 2 --test_prompts 2 {STEPS}", "out/ppo"),
+}
+
+TRAIN_FIRST = [pytest.param(name, marks=[] if name == "train" else pytest.mark.slow) for name in SCRIPTS]  # for time
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """Return a folder of its own, the current one, with small data for every script and a small base model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a third of the time, and these tests cut no power
+    sys.modules.pop("mine", None)
+    rng = random.Random(1)
+    Path("text.txt").write_text(" ".join(WORDS[i * i % 16] for i in range(76)), encoding="utf-8")
+    rows = [f"{label}\t{rng.choice(WORDS)} {word} {i}\n" for i in range(40)
+            for label, word in (("a", "in"), ("b", "up"))]
+    Path("rows.tsv").write_text("".join(rows[:78]), encoding="utf-8")
+    asked = [{"instruction": f"Repeat {word} {n}.", "input": "", "output": word} for n in range(4)
+             for word in WORDS[:12]]
+    Path("mine.json").write_text(json.dumps(asked), encoding="utf-8")
+    Path("pairs.json").write_text(json.dumps(PAIRS), encoding="utf-8")
+    Path("mine.py").write_text("def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n\n\n"
+                               "def same(prompts, responses):\n    return [1.0] * len(responses)\n")
+    tokenizer = CharTokenizer.train([" ".join(map(chr, range(32, 127))) + "\n"], specials=True)
+    torch.manual_seed(0)
+    model = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 64, 8, 2, 1, drop_rate=0.0, tie_weights=True))
+    gpt.save_checkpoint("base.safetensors", model, tokenizer, template="plain")
+    return tmp_path
+
+
+def go(name, *flags, status=0):
+    """Run one of SCRIPTS and assert its exit status."""
+    main, command, _ = SCRIPTS[name]
+    assert main([*command.split(), *map(str, flags)]) == status
+
+
+def files():
+    """Return {path: content} of all files below the current folder."""
+    return {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+
+
+def refused(capsys, main, argv, status, *words, new=r"\.lock$|^data/prepared/"):
+    """Assert an exit status, one line of error with these words, that no old file changed, and no new one but `new`."""
+    capsys.readouterr()
+    before = files()
+    assert main([str(word) for word in argv]) == status, argv
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in shown, (argv, shown)
+    assert all(str(word) in lines[0] for word in words), (argv, lines)
+    after = files()
+    assert {path: after.get(path) for path in before} == before, argv
+    assert [str(path) for path in set(after) - set(before) if not re.search(new, str(path))] == [], argv
+
+
+def forked(function, *args):
+    """Return the pid of a child process that calls function(*args) and ends with what it returns as its exit status."""
+    if not hasattr(os, "fork") or torch.cuda.is_available():
+        pytest.skip("needs os.fork, and a GPU's threads do not survive one")
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            sys.stdout = sys.stderr = open("child.txt", "a", encoding="utf-8")
+            status = function(*args) or 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended(pid):
+    """Return a child's exit status, or the negative number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad inputs
+
+
+def test_a_folder_or_nothing_where_a_file_is_wanted(work, capsys):
+    """Every flag that names a file, given a folder and a path with nothing there: status 1 and the path."""
+    Path("folder").mkdir()
+    Path("folder/inside").mkdir()
+    CharTokenizer.train(["abc"]).save("chars.json")
+    generate, sft = ["generate", "--prompt", "x"], SCRIPTS["sft"][1].split()
+    cases = [(gpt.main, [*generate, "--checkpoint"]), (train.main, ["--data", "text.txt", "--tokenizer"]),
+             (train.main, ["--data", "text.txt", "--init"]),
+             (train.main, ["evaluate", "--data", "text.txt", "--checkpoint"]),
+             (finetune_cls.main, ["--init", "scratch", *TINY.split(), "--data"]),
+             (finetune_cls.main, ["classify", "x", "--checkpoint"]), (finetune_sft.main, [*sft, "--data"]),
+             (finetune_sft.main, [*sft, "--init"]), (rlhf.main, [*SCRIPTS["ppo"][1].split(), "--data"]),
+             (rlhf.main, [*SCRIPTS["ppo"][1].split(), "--init"]),
+             (rlhf.main, [*SCRIPTS["ppo"][1].split(), "--reward"]),
+             (lora.main, ["merge", "--checkpoint", "base.safetensors", "--adapter"]),
+             (lora.main, ["info", "--adapter"]), (gpt2_weights.main, ["import", "--source"]),
+             (gpt2_weights.main, ["export", "--source"]), (tok.main, ["encode", "x", "--tokenizer"]),
+             (tok.main, ["train", "--data"]), (data.main, ["prepare", "--tokenizer", "chars.json", "--data"]),
+             (data.main, ["show", "--view", "messages"]), (data.main, ["show", "--view", "instructions"])]
+    for main, argv in cases:
+        for path in ("folder", "nothing.here"):
+            refused(capsys, main, [*argv, path], 1, path)
+
+
+def test_damaged_or_foreign_merges_are_refused(tmp_path):
+    """GPT-2's two files, swapped, cut, doubled, out of order, of two tokenizers: one line that names the file."""
+    mine, other = (BPETokenizer.train([text], 280, workers=1) for text in ("low lower lowest " * 9, "new newer " * 9))
+    mine.export_gpt2_files(tmp_path / "mine")
+    other.export_gpt2_files(tmp_path / "other")
+    vocab, merges = tmp_path / "mine" / "vocab.json", tmp_path / "mine" / "merges.txt"
+    assert BPETokenizer.from_gpt2_files(vocab, merges).merges == mine.merges
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    broken = {"cut": "\n".join(lines[:6] + [""]), "half": "\n".join(lines[:6]),
+              "twice": "\n".join([*lines[:-1], lines[2], ""]), "none": "",
+              "order": "\n".join([lines[0], *lines[3:], *lines[1:3], ""]), "binary": "#version\n\0\1\n"}
+    for name, text in broken.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"{name} is corrupt|does not match .*{name}"):
+            BPETokenizer.from_gpt2_files(vocab, tmp_path / name)
+    for pair in ((merges, vocab), (vocab, tmp_path / "other" / "merges.txt")):
+        with pytest.raises(ValueError, match="corrupt|does not match"):
+            BPETokenizer.from_gpt2_files(*pair)
+
+
+def test_a_validation_part_without_a_window_is_refused(work, capsys):
+    """A text whose last tenth is shorter than the context: status 1, how many tokens there are and are needed."""
+    Path("short.txt").write_text("a cat and a dog " * 6, encoding="utf-8")
+    refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--data", "short.txt"], 1, "have", "need at least 17",
+            "--context_length")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_refuses_what_is_no_value(name, work, capsys):
+    """Every flag with a number: words, nan, infinity, 1e3 for a count, and what lies beyond its limits: status 2."""
+    main, command, _ = SCRIPTS[name]
+    Config = sys.modules[main.__module__].Config
+    tried = 0
+    for field in Config.__dataclass_fields__.values():
+        if field.type not in (int, float, "int", "float"):
+            continue
+        low, high = field.metadata["low"], field.metadata["high"]
+        wrong = ["many", "nan", "inf", "", *(["1e3", "1.5"] if field.type in (int, "int") else [])]
+        wrong += [str(low - 1)] if low is not None else []
+        wrong += [str(high + 1)] if high is not None else []
+        for value in wrong:
+            capsys.readouterr()
+            assert main([command.split()[0], f"--{field.name}={value}"]) == 2, (field.name, value)
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and f"--{field.name}" in err and err.startswith("error: "), err
+            tried += 1
+    assert tried > 100 and not Path("out").exists()
+
+
+def test_a_state_that_does_not_fit_or_is_not_finite_is_refused(work, capsys):
+    """Weights and moments of other shapes, moments of more parameters, NaN: named, and no byte changes."""
+    go("train", "--max_steps", 3)
+    Path("out/pretrain/summary.json").unlink()
+    good, path = Path("out/pretrain/state.pt").read_bytes(), Path("out/pretrain/state.pt")
+    moments = [sorted(optimizer["state"]) for optimizer in train.read_state(path)["optimizers"]]
+    assert len(moments) == 2 and all(moments)
+
+    def weight(state):
+        return state["model"]["pos_emb.weight"]
+
+    changes = [(lambda s: s["model"].update({"pos_emb.weight": weight(s)[:5]}), "pos_emb.weight"),
+               (lambda s: s["model"].pop("pos_emb.weight"), "pos_emb.weight"),
+               (lambda s: weight(s).view(-1)[3:4].fill_(math.nan), "pos_emb.weight"),
+               (lambda s: s["optimizers"][1]["state"][0].update(exp_avg=torch.zeros(3, 3)), "optimizer 1, parameter 0"),
+               (lambda s: s["optimizers"][0]["state"][0].update(momentum=torch.zeros(2)), "optimizer 0, parameter 0"),
+               (lambda s: s["optimizers"][1]["state"].update({99: s["optimizers"][1]["state"][0]}), "parameter 99")]
+    for change, name in changes:
+        state = torch.load(io.BytesIO(good), weights_only=True)
+        change(state)
+        torch.save(state, path)
+        refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--max_steps", 3, "--resume"], 1, name, "--fresh")
+    path.write_bytes(good)
+    go("train", "--max_steps", 3, "--resume")
+
+
+def test_a_folder_that_cannot_be_written_ends_before_the_first_step(work, capsys, monkeypatch):
+    """A file in its place, no permission, a read-only disk, at the start and from the third save on."""
+    Path("taken").write_text("mine", encoding="utf-8")
+    command = SCRIPTS["train"][1].split()
+    refused(capsys, train.main, [*command, "--out_dir", "taken"], 1, "taken", "another")
+    refused(capsys, train.main, [*command, "--out_dir", "taken/below"], 1, "taken/below", "another path")
+    real_open, steps, allowed = builtins.open, [], [0]
+
+    def read_only(path, mode="r", *rest, **named):
+        if "out/pretrain" in str(path) and set(mode) & set("wax+"):
+            allowed[0] -= 1
+            if allowed[0] < 0:
+                raise OSError(number, os.strerror(number), str(path))
+        return real_open(path, mode, *rest, **named)
+
+    advance = train.Run.advance
+    monkeypatch.setattr(train.Run, "advance", lambda run, *rest: (steps.append(1), advance(run, *rest)))
+    for number, writes, most in ((errno.EROFS, 0, 0), (errno.EACCES, 0, 0), (errno.EROFS, 1, 0), (errno.EROFS, 12, 6)):
+        shutil.rmtree("out", ignore_errors=True)
+        allowed[0] = writes
+        steps.clear()
+        monkeypatch.setattr(builtins, "open", read_only)
+        refused(capsys, train.main, [*command, "--save_every", 1], 1, "out/pretrain", "another folder",
+                new="^out/|^data/")
+        monkeypatch.setattr(builtins, "open", real_open)
+        assert len(steps) <= most, (number, writes)
+        assert not list(Path("out").rglob("*.tmp"))
+        if len(steps) > 1:
+            assert 0 < train.read_state("out/pretrain/state.pt")["step"] < len(steps) + 1
+    assert steps  # the last case got beyond the start
+
+
+@pytest.mark.filterwarnings("error")
+def test_ppo_on_one_response_with_one_reward_stays_finite(work):
+    """A batch of one, and rewards that are all equal: nothing to whiten; weights and all logged figures are finite."""
+    for out, flags in (("one", ["--reward", "mine:length", "--batch_size", 1]), ("same", ["--group", 4])):
+        command = "grpo" if out == "same" else "ppo"
+        argv = [command, *SCRIPTS["ppo"][1].split()[1:], *map(str, flags), "--accumulate", "1", "--max_steps", "2"]
+        assert rlhf.main([*argv, "--out_dir", out]) == 0
+        assert all(t.isfinite().all() for t in train.read_state(f"{out}/state.pt")["model"].values())
+        assert not re.search("NaN|Infinity", Path(out, "metrics.jsonl").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", TRAIN_FIRST)
+def test_a_gradient_that_is_not_finite_stops_before_the_update(name, value, work, capsys, monkeypatch):
+    """One bad number in the gradients of step 3: status 1, the step named, and the state is that of step 2, finite."""
+    real = torch.Tensor.backward
+
+    def backward(tensor, *args, **named):
+        real(tensor, *args, **named)
+        if train.Run.current.step == 2:
+            next(p for p in train.Run.current.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    main, command, _ = SCRIPTS[name]
+    refused(capsys, main, [*command.split(), "--save_every", 1, "--out_dir", "bad"], 1, "step 3", "gradient norm",
+            "nothing was updated", "bad keeps", "--learning_rate", new="^bad/|^data/|mine")
+    state = train.read_state("bad/state.pt")
+    assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_file_that_is_no_model_is_one_line_wherever_one_is_wanted(work, capsys):
+    """Eight kinds of wrong file, under twelve flags: status 1, the path, nothing written."""
+    good, (model, tokenizer, made) = Path("base.safetensors").read_bytes(), gpt.load_checkpoint("base.safetensors")
+    with torch.no_grad():
+        model.pos_emb.weight[3, 3] = math.nan
+    gpt.save_checkpoint("nan.safetensors", model, tokenizer, **made)
+    gpt.write_safetensors("bare.safetensors", {"w": torch.zeros(2)})
+    kinds = {"empty": b"", "page": b"<!DOCTYPE html><html><body>Sign in</body></html>", "cut": good[:-1],
+             "longer": good + b"x", "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+             "flipped": good[:-9] + bytes([good[-9] ^ 8]) + good[-8:]}
+    for name, content in kinds.items():
+        Path(f"{name}.safetensors").write_bytes(content)
+    lora.save_lora(lora.apply_lora(gpt.load_checkpoint("base.safetensors")[0], rank=2), "a")
+    ppo = SCRIPTS["ppo"][1].split()
+    cases = [(gpt.main, ["--checkpoint"]), (gpt.main, ["inspect", "--prompt", "a", "--out", "x.svg", "--checkpoint"]),
+             (train.main, ["--data", "text.txt", "--init"]),
+             (train.main, ["evaluate", "--data", "text.txt", "--checkpoint"]),
+             (finetune_cls.main, ["--data", "rows.tsv", "--init"]),
+             (finetune_cls.main, ["classify", "x", "--checkpoint"]),
+             (finetune_sft.main, ["--data", "mine.json", "--init"]),
+             (finetune_sft.main, ["respond", "--prompt", "x", "--checkpoint"]),
+             (rlhf.main, [*ppo, "--init"]), (rlhf.main, [*ppo, "--reward"]),
+             (gpt2_weights.main, ["import", "--out", "y.safetensors", "--source"]),
+             (lora.main, ["merge", "--adapter", "a", "--checkpoint"])]
+    for name in (*kinds, "nan", "bare"):
+        for main, argv in cases:
+            refused(capsys, main, [*argv, f"{name}.safetensors"], 1, f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_wrong_data_and_a_damaged_state_are_one_line_in_every_script(name, work, capsys):
+    """Empty, other bytes, cut, another form: the path; a state with one flipped bit: the state, and --fresh."""
+    main, command, folder = SCRIPTS[name]
+    argv, kind = command.split(), {"train": "txt", "cls": "tsv"}.get(name, "json")
+    wrong = {"empty": b"", "bytes": b"\xff\xfe\x00", "nul": b"a\tb\0\n" * 9}
+    if kind == "json":
+        wrong |= {"cut": Path(argv[argv.index("--data") + 1]).read_bytes()[:-9], "dict": b'{"a": 1}',
+                  "nan": b'[{"a": NaN}]', "deep": b"[" * 10**5, "page": b"<html></html>", "list": b"[[]]",
+                  "twice": b'[{"a": "b", "a": "c"}]'}
+    for word, content in wrong.items():
+        Path(f"{word}.{kind}").write_bytes(content)
+        refused(capsys, main, [*argv, "--data", f"{word}.{kind}"], 1, f"{word}.{kind}")
+    go(name, "--max_steps", 1)
+    path = Path(folder, "state.pt")
+    good = path.read_bytes()
+    weights = max(train.read_state(path)["model"].values(), key=torch.numel)
+    at = good.index(gpt.tensor_bytes(weights).raw)  # not among the zip's padding
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    refused(capsys, main, [*argv, "--max_steps", 1, "--resume"], 1, f"{folder}/state.pt is damaged", "--fresh")
+    refused(capsys, main, [*argv, "--max_steps", 1], 2, "holds a run", "--resume", "--fresh")
+
+
+def test_any_prompt_is_continued_or_refused_in_one_line(work, capsys):
+    """Nothing, a blank, far more than the context, a lone surrogate, the name of a special token."""
+    base = ["generate", "--checkpoint", "base.safetensors", "--max_new_tokens", "3", "--prompt"]
+    for prompt in ("", " ", "word " * 100, "<|endoftext|>"):
+        assert gpt.main([*base, prompt]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(prompt) and ("only the last 64" in err) == (len(prompt) > 64)
+    refused(capsys, gpt.main, [*base, "caf\udce9"], 2, "not UTF-8")
+
+
+def test_sampling_options_outside_their_range_are_refused(work, capsys):
+    """Status 2 and the flag, for each wrong value; the ends of the range, and greedy at 0, work."""
+    base = ["generate", "--checkpoint", "base.safetensors", "--prompt", "a"]
+    for flag, values in {"temperature": "-1 nan inf x", "top_k": "0 -3 1.5", "top_p": "0 1.1 nan",
+                         "min_p": "-0.1 1.1 nan", "repetition_penalty": "0 -1 nan inf", "max_new_tokens": "-1 1e3",
+                         "num_samples": "0 -1",
+                         "seed": f"-1 {2**70} x"}.items():
+        for value in values.split():
+            refused(capsys, gpt.main, [*base, f"--{flag}={value}"], 2, flag)
+    for flags in ("--temperature 0", "--max_new_tokens 0", "--top_k 9999", "--top_p 1", "--min_p 1", f"--seed {2**62}"):
+        assert gpt.main([*base, "--max_new_tokens", "2", *flags.split()]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_output_that_ends_or_cannot_show_a_character(work):
+    """A reader that goes away ends it quietly, a full disk in one line, and ASCII shows what it can."""
+    python = [sys.executable, str(ROOT / "gpt.py"), "--checkpoint", "base.safetensors", "--prompt", "a"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+
+    def run(command, **options):
+        return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=120, **options)
+
+    read, write = os.pipe()
+    os.close(read)
+    done = run([*python, "--num_samples", "30"], stdout=write)
+    os.close(write)
+    assert done.returncode in (0, 141) and done.stderr == ""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = run(python, stdout=full)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+    tokenizer = CharTokenizer.train(["é"])
+    model = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 8, 8, 2, 1, 0.0))
+    gpt.save_checkpoint("accents.safetensors", model, tokenizer)
+    done = run([*python[:3], "accents.safetensors", "--prompt", "é", "--max_new_tokens", "2"], stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("?")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def saver_of(name):
+    """Return a function that writes one small file with the saver that has this name."""
+    def with_atomic(path):
+        with data.atomic(Path(path)) as file:
+            file.write(b"new")
+
+    def with_replacing(path):
+        with gpt.replacing(path) as file:
+            file.write(b"new")
+
+    return {"gpt.replacing": with_replacing, "data.atomic": with_atomic,
+            "tokenizer.write_file": lambda path: tok.write_file(path, "new"),
+            "lora.write_bytes": lambda path: lora.write_bytes(Path(path), b"new")}[name]
+
+
+SAVERS = ("gpt.replacing", "data.atomic", "tokenizer.write_file", "lora.write_bytes")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder cannot be synced")
+@pytest.mark.parametrize("saver", SAVERS)
+def test_every_file_is_on_disk_before_it_has_its_name(saver, tmp_path, monkeypatch):
+    """Content synced, renamed, then the folder synced: in any other order a power cut can leave an empty file."""
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        order.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append("rename"), replace(old, new)))
+    saver_of(saver)(tmp_path / "file")
+    assert order == [3, "rename", "folder"] and (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_only_these_savers_give_a_file_its_name():
+    """In the nine files nothing else renames, but for folders that move as a whole and downloads, which are checked."""
+    known = {"gpt.py": {"replacing"}, "data.py": {"atomic", "prepare"}, "lora.py": {"write_bytes"},
+             "train.py": {"move_aside"}, "tokenizer.py": {"write_file", "train"},
+             "gpt2_weights.py": {"take_over", "leave", "download"}}
+    for path in sorted(ROOT.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {function.name for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
+                 for node in ast.walk(function) if isinstance(node, ast.Attribute)
+                 and node.attr in ("replace", "rename", "renames", "move")
+                 and getattr(node.value, "id", "") in ("os", "shutil")}
+        assert found <= known.get(path.name, set()), path.name
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("saver", SAVERS)
+def test_a_disk_that_fills_or_fails_leaves_every_old_file(saver, number, tmp_path, monkeypatch):
+    """The error names the file, the old content stays, and no temporary does."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def failing(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError) as caught:
+        saver_of(saver)(path)
+    monkeypatch.undo()
+    line = gpt.explain(caught.value)
+    assert str(path) in line and os.strerror(number) in line and "another" in line and ".tmp" not in line
+    assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", TRAIN_FIRST)
+def test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state(name, work, capsys, monkeypatch):
+    """EIO when the state of step 3 is synced: one line, status 1, the state of step 2 loads, and the run goes on."""
+    real = os.fsync
+
+    def failing(descriptor):
+        if train.Run.current is not None and train.Run.current.step == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    folder = SCRIPTS[name][2]
+    refused(capsys, SCRIPTS[name][0], [*SCRIPTS[name][1].split(), "--save_every", 1], 1, f"{folder}/state.pt", "fault",
+            new="^out/|^data/|mine")
+    monkeypatch.setattr(os, "fsync", real)
+    assert train.read_state(f"{folder}/state.pt")["step"] == 2 and not list(Path(folder).glob(".*.tmp"))
+    go(name, "--save_every", 1, "--resume")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("name", TRAIN_FIRST)
+def test_a_full_disk_is_named_wherever_a_run_writes(name, work, capsys, monkeypatch):
+    """Each file of a run in turn meets a full disk: file or folder is named, the state loads, and the run goes on."""
+    main, command, folder = SCRIPTS[name]
+    real, told = builtins.open, []
+    for target in ("metrics.jsonl", "curves.svg", "model.safetensors", "summary.json", "samples.txt"):
+
+        def full(path, mode="r", *rest, **named):
+            hit = target in str(path) and folder in str(path) and mode in ("wb", "a") and run_started()
+            return real("/dev/full" if hit else path, mode, *rest, **named)
+
+        shutil.rmtree("out", ignore_errors=True)
+        monkeypatch.setattr(builtins, "open", full)
+        status = main([*command.split(), "--save_every", "1"])
+        monkeypatch.setattr(builtins, "open", real)
+        err = capsys.readouterr().err
+        if status:  # not every script writes each of them
+            told.append(target)
+            line = next(line for line in err.splitlines() if line.startswith("error:"))
+            assert status == 1 and re.match(rf"error: {folder}(/{target})?: No space left on device; free some", line)
+            assert train.read_state(f"{folder}/state.pt")["step"] > 0 and not list(Path(folder).glob(".*.tmp"))
+            go(name, "--save_every", 1, "--resume")
+    assert {"metrics.jsonl", "curves.svg", "summary.json"} <= set(told)
+
+
+def run_started():
+    """Return whether a run is beyond its second step."""
+    return train.Run.current is not None and train.Run.current.step > 1
+
+
+def test_a_state_that_does_not_read_back_never_gets_its_name(work, capsys, monkeypatch):
+    """A disk that stores one wrong bit in step 3: status 1, and the state of step 2 stays."""
+    real = torch.save
+
+    def wrong(state, file):
+        real(state, file)
+        if train.Run.current.step == 3:
+            weights = max(state["model"].values(), key=torch.numel)
+            with open(file.name, "rb") as written:
+                file.flush()
+                at = written.read().index(gpt.tensor_bytes(weights).raw)
+            file.seek(at)
+            file.write(bytes([gpt.tensor_bytes(weights).raw[0] ^ 1]))
+
+    monkeypatch.setattr(torch, "save", wrong)
+    refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--save_every", 1], 1, "out/pretrain/state.pt",
+            "another disk", new="^out/|^data/")
+    assert train.read_state("out/pretrain/state.pt")["step"] == 2 and not list(Path("out/pretrain").glob(".*.tmp"))
+
+
+def test_without_network_what_needs_it_is_one_line_and_the_rest_runs(work, capsys, monkeypatch):
+    """With no socket at all the four scripts run; GPT-2's tokenizer, weights and a dataset say what to put where."""
+    import tiktoken.registry
+
+    def none(*args, **named):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "socket", none)
+    monkeypatch.setattr(socket, "create_connection", none)
+    monkeypatch.setattr(socket, "getaddrinfo", none)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(work / "cache"))
+    for name in SCRIPTS:
+        go(name, "--max_steps", 1)
+    refused(capsys, train.main, ["--data", "text.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR")
+    refused(capsys, data.main, ["get", "verdict"], 1, "the-verdict.txt", new=r"\.lock$|^data/")
+    refused(capsys, gpt2_weights.main, ["get", "--model", "gpt2"], 1, "model.safetensors", new=r"\.lock$|^data/")
+
+
+def test_a_spike_of_the_loss_is_warned_of_once(work, capsys, monkeypatch):
+    """Ten times the loss at step 25 of 30: one warning with step and both losses; the run ends well; none without."""
+    real = train.next_token_loss
+    for factor, warnings in ((10, 1), (1, 0)):
+        monkeypatch.setattr(train, "next_token_loss", lambda logits, targets: real(logits, targets) * (
+            factor if logits.requires_grad and train.Run.current.step == 24 else 1))
+        capsys.readouterr()
+        go("train", "--max_steps", 30, "--fresh", "--eval_every", 0, "--save_every", 0, "--accumulate", 1)
+        err = capsys.readouterr().err
+        assert err.count("warning: step 25: loss ") == err.count("warning: step") == warnings
+        assert warnings == 0 or "highest of the 24 steps before" in err
+
+
+def test_a_clock_that_jumps_changes_nothing(work, monkeypatch):
+    """A day back at every look at the wall clock, and files of the year 2040: same bits, no negative time."""
+    go("train")
+    expected, clock = digest("out/pretrain"), itertools.count(2**31, -86400)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    go("train", "--fresh", "--max_steps", 12)
+    summary = json.loads(Path("out/pretrain/summary.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
+    assert digest("out/pretrain") == expected and 0 <= summary["seconds"] < 600
+    assert min(row.get("tokens_per_second", 0) for row in rows) >= 0
+    stop_at("train", 7, "report", monkeypatch)
+    for path in Path("out/pretrain").iterdir():
+        os.utime(path, (2**31 + 7e7, 2**31 + 7e7 if path.name != "state.pt" else 0))
+    go("train", "--resume")
+    assert digest("out/pretrain") == expected
+
+
+OUT_OF_MEMORY = {  # as the CPU's allocator, CUDA and Python say it
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                        "tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"),
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "python": MemoryError()}
+
+
+@pytest.mark.parametrize("said", OUT_OF_MEMORY)
+@pytest.mark.parametrize("name", TRAIN_FIRST)
+def test_out_of_memory_names_the_flags_to_lower(name, said, work, capsys, monkeypatch):
+    """In a step: one line, status 1, and the state of the step before it stays."""
+    real = torch.Tensor.backward
+
+    def backward(tensor, *args, **named):
+        if train.Run.current.step == 2:
+            raise OUT_OF_MEMORY[said]
+        return real(tensor, *args, **named)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    main, command, folder = SCRIPTS[name]
+    refused(capsys, main, [*command.split(), "--save_every", 1], 1, "out of memory", "--batch_size", "--context_length",
+            "--accumulate", new="^out/|^data/|mine")
+    assert train.read_state(f"{folder}/state.pt")["step"] == 2
+
+
+def test_a_lock_ends_with_its_holder(work, capsys):
+    """While a process works in a folder another is refused; killed by SIGKILL, it leaves nothing in the way."""
+    pytest.importorskip("fcntl")
+
+    def hold():
+        real = train.Run.report
+        train.Run.report = lambda run, *figures: (real(run, *figures), Path("ready").touch(), time.sleep(600))
+        return train.main(SCRIPTS["train"][1].split())
+
+    pid = forked(hold)
+    try:
+        for _ in range(1000):
+            if Path("ready").exists():
+                break
+            time.sleep(0.02)
+        refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--resume"], 2, f"in use by process {pid}")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    go("train", "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact resume
+
+POINTS = {  # where a run of 12 steps is stopped, with five steps in an epoch: (step, where in it)
+    "first step": (1, "report"), "in an epoch": (3, "report"), "end of an epoch": (5, "report"),
+    "between the pieces of a batch": (7, "backward"), "after an evaluation": (8, "report"),
+    "last but one": (11, "report")}
+
+
+def digest(folder):
+    """Return the sha256 of all trained weights, last and best, and of the optimizers' moments."""
+    found = hashlib.sha256()
+    state = train.read_state(f"{folder}/state.pt")
+    for name in sorted(state["model"]):
+        found.update(name.encode() + gpt.tensor_bytes(state["model"][name].contiguous()))
+    best = [path for path in Path(folder).rglob("*.safetensors")]
+    return found.hexdigest(), sorted(gpt.read_safetensors(path)[1].get("data_sha256", "") for path in best)
+
+
+def stop_at(name, step, place, monkeypatch, number=signal.SIGTERM):
+    """Run a script anew until the signal that it gets during `step` has stopped it."""
+    report, backward, seen = train.Run.report, torch.Tensor.backward, []
+
+    def in_report(run, *figures):
+        report(run, *figures)
+        if place == "report" and run.step == step:
+            run.on_signal(number, None)
+
+    def in_backward(tensor, *args, **named):
+        backward(tensor, *args, **named)
+        if place == "backward" and train.Run.current.step == step - 1 and not seen:
+            seen.append(train.Run.current.on_signal(number, None))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "report", in_report)
+        patch.setattr(torch.Tensor, "backward", in_backward)
+        go(name, "--fresh", status=128 + number)
+    assert train.read_state(f"{SCRIPTS[name][2]}/state.pt")["step"] == step
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_stopped_at_six_points_ends_with_the_same_bits(name, work, monkeypatch):
+    """6 of 6 for each of four scripts; without the random numbers or the moments, the controls, the bits differ."""
+    folder, lengths, equal = SCRIPTS[name][2], [], 0
+    with monkeypatch.context() as patch:
+        batches = train.Run.batches
+        patch.setattr(train.Run, "batches", lambda run, order, size: (lengths.append(-(-len(order) // size)),
+                                                                      batches(run, order, size))[1])
+        go(name)
+    assert set(lengths) == {5}  # steps in an epoch
+    expected = digest(folder)
+    for step, place in POINTS.values():
+        stop_at(name, step, place, monkeypatch)
+        if step == 3:
+            shutil.copytree(folder, "stopped")
+        go(name, "--resume")
+        equal += digest(folder) == expected
+    assert equal == len(POINTS) == 6
+    for part in ("rng", "optimizers"):
+        shutil.rmtree(folder)
+        shutil.copytree("stopped", folder)
+        state = train.read_state(f"{folder}/state.pt")
+        if part == "rng":
+            state["rng"] = torch.Generator().manual_seed(99).get_state()
+        else:
+            for optimizer in state["optimizers"]:
+                optimizer["state"] = {}
+        torch.save(state, f"{folder}/state.pt")
+        go(name, "--resume")
+        assert digest(folder)[0] != expected[0], part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_process_that_gets_a_signal_resumes_to_the_same_bits(name, number, work):
+    """A real signal from outside, whenever it comes: the status is that of the signal, the end the same bits."""
+    main, command, folder = SCRIPTS[name]
+    number, command = getattr(signal, number, None), [*command.split(), "--max_steps", "40"]
+    assert main(command) == 0
+    expected = digest(folder)
+    pid = forked(main, [*command, "--fresh"])
+    while not Path(f"{folder}.1").exists() or not Path(folder, "model.safetensors").exists():
+        time.sleep(0.01)
+    time.sleep(0.05)
+    os.kill(pid, number)
+    assert ended(pid) == (-9 if number == signal.SIGKILL else 128 + number)
+    assert 0 <= train.read_state(f"{folder}/state.pt")["step"] < 40
+    assert main([*command, "--resume"]) == 0 and digest(folder) == expected
+    assert not list(Path(folder).glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("nth", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_kill_between_writing_and_renaming_resumes_to_the_same_bits(nth, work):
+    """SIGKILL at the n-th rename, its file complete but under its temporary name: the end is the same."""
+    go("train")
+    expected = digest("out/pretrain")
+
+    def killed():
+        real, count = os.replace, itertools.count(1)
+        os.replace = lambda *names: os.kill(os.getpid(), 9) if next(count) == nth else real(*names)
+        return train.main([*SCRIPTS["train"][1].split(), "--fresh"])
+
+    assert ended(forked(killed)) == -signal.SIGKILL
+    assert len(list(Path("out/pretrain").glob(".*.tmp"))) == 1
+    go("train", "--resume")
+    assert digest("out/pretrain") == expected and not list(Path("out/pretrain").glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_while_saving_lose_nothing(work):
+    """A process that saves without a pause is killed at 20 random moments: the state loads each time, never older
+    than the last save that was finished, and none is lost for good."""
+    go("train", "--max_steps", 2)
+    rng, survived, path = random.Random(0), 0, Path("out/pretrain/state.pt")
+    state = {**train.read_state(path), "filler": torch.arange(500_000)}
+
+    def save_without_end():
+        for number in itertools.count():
+            with gpt.replacing(path) as file:
+                torch.save({**state, "number": number}, file)
+            Path("saved").write_text(str(number), encoding="utf-8")
+
+    for _ in range(20):
+        Path("saved").unlink(missing_ok=True)
+        pid = forked(save_without_end)
+        while not Path("saved").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+        found, told = train.read_state(path), Path("saved").read_text(encoding="utf-8")
+        survived += torch.equal(found["filler"], state["filler"]) and found["number"] >= int(told or 0)
+    assert survived == 20
+    go("train", "--max_steps", 2, "--resume")
+    assert not list(Path("out/pretrain").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("rest", [b'{"step": 7, "lo', b"\0\0\0\0", b'{"step": 7, "sample": "\xc3'])
+def test_what_a_power_cut_leaves_is_cleared_away(rest, work, monkeypatch):
+    """Half a line at the end of the log, temporary files beside model and adapter: --resume goes on to the same end."""
+    go("train")
+    expected, log = digest("out/pretrain"), Path("out/pretrain/metrics.jsonl").read_text(encoding="utf-8")
+    stop_at("train", 7, "report", monkeypatch)
+    with open("out/pretrain/metrics.jsonl", "ab") as file:
+        file.write(rest)
+    Path("out/pretrain/adapter").mkdir()
+    for name in (".state.pt.1.tmp", "adapter/.adapter_model.safetensors.1.tmp"):
+        Path("out/pretrain", name).write_bytes(b"half")
+    go("train", "--resume")
+    assert digest("out/pretrain") == expected and not list(Path("out/pretrain").rglob("*.tmp"))
+    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in (
+        log, Path("out/pretrain/metrics.jsonl").read_text(encoding="utf-8"))]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signals_in_a_save_and_twice(signals, work):
+    """SIGTERM inside a save ends after it, saved, with 143; a second one ends at once, and the old state is whole."""
+    go("train")
+    expected = digest("out/pretrain")
+
+    def told():
+        real = os.replace
+
+        def replace(old, new):
+            if train.Run.current is not None and train.Run.current.step == 6 and str(new).endswith("state.pt"):
+                for _ in range(signals):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            real(old, new)
+
+        os.replace = replace
+        return train.main([*SCRIPTS["train"][1].split(), "--fresh"])
+
+    assert ended(forked(told)) == (143 if signals == 1 else -signal.SIGTERM)
+    assert train.read_state("out/pretrain/state.pt")["step"] == (7 if signals == 1 else 3)
+    go("train", "--resume")
+    assert digest("out/pretrain") == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corruption
+
+
+def damaged(content):
+    """Return 20 copies of a file's bytes with one byte changed, spread over it, and 11 that end early."""
+    places = [round(i * (len(content) - 1) / 19) for i in range(20)]
+    return ([content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in places]
+            + [content[: len(content) * cut // 11] for cut in range(11)])
+
+
+def test_damage_to_any_file_is_found_before_it_is_used(work):
+    """155 of 155: 20 flipped bytes and 11 cuts of checkpoint, state, token file, adapter and tokenizer.
+
+    Found means refused; what loads all the same (a byte that nothing depends on) must be equal in all that it holds."""
+    go("train", "--max_steps", 2)
+    assert finetune_sft.main([*SCRIPTS["sft"][1].split(), "--max_steps", "2", "--lora_rank", "2"]) == 0
+    BPETokenizer.train([" ".join(WORDS) * 3], 290, workers=1).save("tokenizer.json")
+    prepared = next(Path("data/prepared").glob("*/train.bin"))
+
+    def adapted(path):
+        return lora.load_lora(gpt.load_checkpoint("base.safetensors")[0], Path(path).parent).state_dict()
+
+    kinds = {"out/pretrain/model.safetensors": lambda path: gpt.load_checkpoint(path)[0].state_dict(),
+             "out/pretrain/state.pt": train.read_state, prepared: lambda path: {"tokens": data.load_tokens(path)},
+             "out/sft/adapter/adapter_model.safetensors": adapted,
+             "tokenizer.json": lambda path: tok.load_tokenizer(path).to_dict()}
+    found = 0
+    for path, load in kinds.items():
+        good, path = Path(path).read_bytes(), Path(path)
+        whole = flat(load(path))
+        for content in damaged(good):
+            path.write_bytes(content)
+            try:
+                same = flat(load(path)) == whole
+            except ValueError as error:
+                same = path.name in str(error) or path.parent.name in str(error)  # refused, by name
+            found += same
+            assert same, path
+        path.write_bytes(good)
+    assert found == 155
+
+
+def flat(value):
+    """Return a nested value with its tensors as bytes, so that == compares everything."""
+    if isinstance(value, dict):
+        return {key: flat(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [flat(part) for part in value]
+    whole = value.detach().contiguous() if torch.is_tensor(value) else None
+    return value if whole is None else gpt.tensor_bytes(whole).raw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Security
+
+
+class Runs:
+    """A value whose pickle makes a folder, the marker, when it is read as pickle reads."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+class RunsEval(Runs):
+    """The same through a builtin that pickle finds everywhere."""
+
+    def __reduce__(self):
+        return eval, (f"__import__('os').mkdir({self.marker!r})",)
+
+
+def nested_storage(value):
+    """Return a pickle that hides another one in the function by which torch reads storages from bytes."""
+    class Storage:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (pickle.dumps(value),)
+
+    buffer = io.BytesIO()
+    torch.save({"model": Storage()}, buffer)
+    return buffer.getvalue()
+
+
+def malicious(marker):
+    """Return {kind: bytes} of six files that would make the marker if anything in them were run."""
+    def saved(value, **options):
+        buffer = io.BytesIO()
+        torch.save(value, buffer, **options)
+        return buffer.getvalue()
+
+    class Module(torch.nn.Module):
+        def __setstate__(self, state):
+            os.mkdir(str(marker))
+
+    globals()["Module"], Module.__qualname__ = Module, "Module"  # pickle finds it by name
+    return {"zip of torch.save": saved({"format": 1, "model": Runs(marker)}), "raw pickle": pickle.dumps(Runs(marker)),
+            "old torch format": saved({"format": 1, "x": Runs(marker)}, _use_new_zipfile_serialization=False),
+            "eval": saved([RunsEval(marker)]), "pickle in a storage": nested_storage(Runs(marker)),
+            "whole module": saved(Module())}
+
+
+def test_six_kinds_of_malicious_checkpoints_run_nothing(work, capsys):
+    """6 of 6, as a state, as --init of each script, for the leaves: refused in one line, the marker never appears."""
+    marker = work / "marker"
+    kinds = malicious(marker)
+    go("train", "--max_steps", 1)
+    Path("out/pretrain/summary.json").unlink()
+    safe, resume = 0, [*SCRIPTS["train"][1].split(), "--max_steps", 1, "--resume"]
+    for content in kinds.values():
+        for path in ("out/pretrain/state.pt", "bad.safetensors", "bad.pt"):
+            Path(path).write_bytes(content)
+        refused(capsys, train.main, resume, 1, "state.pt is damaged or not ours", "--fresh")
+        for main, argv in ((gpt.main, ["--prompt", "a", "--checkpoint"]),
+                           (train.main, ["--data", "text.txt", "--init"]),
+                           (finetune_cls.main, ["--data", "rows.tsv", "--init"]),
+                           (finetune_sft.main, ["--data", "mine.json", "--init"]),
+                           (rlhf.main, ["ppo", "--data", "pairs.json", "--init"]),
+                           (gpt2_weights.main, ["import", "--source"])):
+            for path in ("bad.safetensors", "bad.pt"):
+                refused(capsys, main, [*argv, path], 1, path)
+        safe += not marker.exists()
+    assert safe == len(kinds) == 6
+    with pytest.raises(Exception):  # the control: these files do what they say where nobody looks
+        torch.load("out/pretrain/state.pt", weights_only=False)["?"]
+    assert marker.exists()
+
+
+def hostile_documents(tokens, n=10_000):
+    """Yield n texts in which the names of special tokens stand whole, cut, doubled, nested and in odd company."""
+    rng = random.Random(0)
+    around = ["", " ", "\n", "a", "é", "\u200b", "\ufeff", "<", "|", ">", "<|", "|>", "\0", "\ud83d\ude00", "user: "]
+    for _ in range(n):
+        parts = []
+        for _ in range(rng.randrange(1, 6)):
+            token, cut = rng.choice(tokens), rng.randrange(1, 6)
+            parts.append(rng.choice([token, token, token[:cut] + token + token[cut:], token[:-cut], token.upper(),
+                                     token * 2, rng.choice(around)]))
+            parts.append(rng.choice(around))
+        yield "".join(parts)
+
+
+def test_no_hostile_document_gives_a_special_id():
+    """10,000 of 10,000 with a byte-pair tokenizer trained on such, one by one and as an array; words and characters."""
+    names = ("<|endoftext|>", "<|pad|>", "<|user|>")
+    texts = list(hostile_documents(names))
+    bpe = BPETokenizer.train(texts[:300], 400, special_tokens=names, workers=1)
+    chars = CharTokenizer.train(texts[:2000], specials=True)
+    words = WordTokenizer.train(texts[:300])
+    special = {bpe.vocab_size - 1 - i for i in range(3)}
+    assert set(bpe.encode("".join(names), allowed_special="all")) == special  # the control
+    clean = 0
+    for text in texts:
+        ids = bpe.encode(text)
+        safe = not special & set(ids)
+        clean += safe and bpe.decode(ids) == tok.clean(text)
+    assert clean == len(texts) == 10_000
+    assert not special & set(bpe.encode_array("\n".join(texts)).tolist())
+    for tokenizer in (chars, words):
+        ends = {tokenizer.eot_id, tokenizer.pad_id} - {None}
+        assert ends and not ends & set(tokenizer.encode(" ".join(texts[:300])))
+
+
+def test_hostile_data_puts_the_end_of_text_only_where_a_document_ends(work):
+    """Prepared text has as many ends as documents, whatever they say; encoded instructions, which get theirs in a
+    batch, have none."""
+    texts = [text for text in hostile_documents(("<|endoftext|>",), 300) if "\0" not in text and text.strip()]
+    with open("hostile.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    bpe = BPETokenizer.train(texts[:50], 300, workers=1)
+    folder = data.prepare("hostile.jsonl", bpe)
+    ids = [data.load_tokens(folder / f"{part}.bin").to(torch.int64) for part in ("train", "val")]
+    ends = sum((part == bpe.eot_id).sum().item() for part in ids)
+    assert ends == len(texts) > 200
+    entries = [{"instruction": text, "input": text, "output": text} for text in texts[:50]]
+    items, _ = finetune_sft.encode_entries(entries, bpe, "plain", 4096, True)
+    assert len(items) == 50 and all(bpe.eot_id not in ids for ids, _ in items)
+
+
+PATTERNS = (r"\bpickle\.loads?\(", r"\bimport pickle\b", r"weights_only\s*=\s*False", r"\.extractall\(",
+            r"(?<![.`\w])eval\(", r"(?<![.\w])exec\(", r"verify\s*=\s*False",
+            r"shell\s*=\s*True", r"os\.system\(", r"yaml\.load\(")
+
+
+def test_no_dangerous_word_stands_in_the_tree():
+    """A plain search, beside the syntax trees of test_layout: the nine files, Makefile, README and CI."""
+    paths = [*ROOT.glob("*.py"), ROOT / "Makefile", *(path for path in (ROOT / ".ci").glob("*") if path.is_file())]
+    found = [(path.name, pattern) for path in paths for pattern in PATTERNS
+             if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == [] and len(paths) > 9
+    assert all(any(re.search(pattern, line) for pattern in PATTERNS) for line in (
+        "pickle.load(f)", "x = eval(y)", "torch.load(f, weights_only = False)", "get(u, verify=False)",
+        "z.extractall(p)"))
+
+
+def test_a_key_in_the_environment_reaches_no_file_of_a_run(work, monkeypatch, capsys):
+    """JUDGE_API_KEY and OPENAI_API_KEY while the four scripts run, finish, fail: in no file and no line."""
+    canary = "sk-canary-8831"
+    monkeypatch.setenv("JUDGE_API_KEY", canary)
+    monkeypatch.setenv("OPENAI_API_KEY", canary)
+    for name in SCRIPTS:
+        go(name, "--max_steps", 1)
+        go(name, "--max_steps", 1, status=2)
+    shown = capsys.readouterr()
+    written = files()
+    assert len(written) > 20 and canary not in shown.out + shown.err
+    assert [path for path, content in written.items() if canary.encode() in content] == []
+    for path in (path for path in written if zipfile.is_zipfile(path)):
+        with zipfile.ZipFile(path) as archive:
+            assert all(canary.encode() not in archive.read(name) for name in archive.namelist())
