@@ -61,7 +61,6 @@ $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/
 
 report: $(OUT)/report.html ## what every stage did and how well, on one page: 5 s
 $(OUT)/report.html: $(OUT)/pretrain/sample.txt $(OUT)/cls/summary.json $(OUT)/lora/summary.json $(OUT)/sft/summary.json $(OUT)/ppo/evaluation.json
-	$(PYTHON) train.py evaluate --out_dir $(OUT)/pretrain
 	$(PYTHON) train.py report --out_dir $(OUT)
 
 # The same on real data with OpenAI's weights: downloads 550 MB (SIZE=gpt2-medium: 2 GB) into $DATA_DIR, default data/,

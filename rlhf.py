@@ -69,7 +69,7 @@ from train import (Options, Run, autocast, compile_blocks, draw_curves, load_sta
 Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
 STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
     "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), optimizer="muon", eval_every=125),
-    "ppo": dict(epochs=0, max_steps=60, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=20),
+    "ppo": dict(epochs=0, max_steps=80, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=20),
     "dpo": dict(epochs=1, max_steps=0, batch_size=32, rates=(1e-4, 1e-6), optimizer="adamw", eval_every=100),
     "grpo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 1e-6), optimizer="adamw", eval_every=20),
 }
@@ -122,7 +122,7 @@ class Config(Options):
                          "file, gold (tinyworld's own rubric), or module:function in Python")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
     temperature: float = option(1.0, "of sampling, and so of all log-probabilities", low=1e-3)
-    kl_coef: float = option(0.25, "reward that a nat of KL to the start costs", low=0)
+    kl_coef: float = option(0.2, "reward that a nat of KL to the start costs", low=0)
     kl_target: float = option(0.0, "nats a response that kl_coef is adapted towards, 0 = it stays", low=0)
     kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
     max_kl: float = option(0.0, "end the run once a batch is so many nats a response away from the start, "
@@ -130,7 +130,7 @@ class Config(Options):
     max_approxkl: float = option(0.1, "go on to new responses once the policy is so many nats a token away from the "
                                  "one that sampled, 0 = never", low=0)
     no_stop_penalty: float = option(1.0, "subtracted from the score of a response that does not end by itself", low=0)
-    ptx_coef: float = option(0.0, "weight of the loss of writing the preferred answers, in nats a token, added to every "
+    ptx_coef: float = option(0.3, "weight of the loss of writing the preferred answers, in nats a token, added to every "
                              "update so that skills are kept", low=0)
     ppo_epochs: int = option(2, "times through each batch of responses", low=1)
     minibatches: int = option(1, "updates in each of them", low=1)
