@@ -9,9 +9,10 @@
     python rlhf.py evaluate --checkpoint out/ppo/model.safetensors,out/dpo/model.safetensors    all in one table
     python rlhf.py rate                             be the rater: two responses, blind; 1, 2, tie, skip, undo, quit
 
-The reward model is a GPT with one number for a head, trained so that the better answer of a pair scores higher. PPO
-then lets the policy answer prompts and makes the tokens of answers that score well more likely, while each token pays
-for leaving the starting policy (the KL penalty). The mathematics stands first, as functions of tensors with paper and
+The reward model is a GPT with one number for a head, trained so that the better answer of a pair scores higher; it
+reads the answer's last state and how likely the answer is. PPO then lets the policy answer prompts and makes the tokens
+of answers that score well more likely, while each token pays for leaving the starting policy (the KL penalty), and the
+loss of writing preferred answers keeps skills (--ptx_coef). The mathematics stands first, as functions of tensors with paper and
 equation; then models and responses; then the loops, with the eight numbered steps of every training script here.
 
 Reads --data: the built-in `tinyworld`, a name that `data.py list` shows, or a file in any form of

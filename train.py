@@ -99,6 +99,7 @@ class Options:
     final_rate: float = option(0.1, "the last rate as a share of the peak", low=0, high=1)
     clip: float = option(1.0, "largest norm of the gradient, 0 = no clipping", low=0)
     optimizer: str = option("adamw", "muon takes AdamW for all but the blocks' matrices", choices=("adamw", "muon"))
+    momentum: float = option(0.9, "muon: how much of its direction the last steps decide", low=0, high=0.999)
     eval_every: int = option(200, "steps between evaluations, 0 = only at the end", low=0)
     save_every: int = option(200, "steps between saves of state.pt, 0 = only at the end and when stopped", low=0)
     log_every: int = option(20, "steps between log lines", low=1)
@@ -472,7 +473,7 @@ def make_optimizers(model, config):
         matrices = {p for p in blocks.parameters() if p.requires_grad and p.dim() == 2}
         if matrices:
             in_order = [p for p in blocks.parameters() if p in matrices]
-            optimizers.append(Muon(in_order, lr=config.learning_rate, weight_decay=config.weight_decay))
+            optimizers.append(Muon(in_order, config.learning_rate, config.weight_decay, config.momentum))
     groups = decay_groups(model, config.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if p not in matrices]
