@@ -1,6 +1,6 @@
 """Learning from preferences by hand: a reward model from pairs of answers, then PPO, DPO or GRPO, and what it brought.
 
-    python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 3.5 minutes
+    python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 3 minutes
     python rlhf.py reward --data pairs.json         a reward model of your own pairs
     python rlhf.py ppo --reward my_rewards:brevity  PPO against any Python function (prompts, responses) -> floats
     python rlhf.py ppo --lora_rank 8                PPO with adapters: policy and reference share one set of weights
@@ -12,8 +12,9 @@
 The reward model is a GPT with one number for a head, trained so that the better answer of a pair scores higher; it
 reads the answer's last state and how likely the answer is. PPO then lets the policy answer prompts and makes the tokens
 of answers that score well more likely, while each token pays for leaving the starting policy (the KL penalty), and the
-loss of writing preferred answers keeps skills (--ptx_coef). The mathematics stands first, as functions of tensors with paper and
-equation; then models and responses; then the loops, with the eight numbered steps of every training script here.
+loss of writing preferred answers keeps skills (--ptx_coef; 0 where only the reward is to count). The mathematics stands
+first, as functions of tensors with paper and equation; then models and responses; then the loops, with the eight
+numbered steps of every training script here.
 
 Reads --data: the built-in `tinyworld`, a name that `data.py list` shows, or a file in any form of
 data.read_preferences; files are divided by prompt into 85% training, 5% validation and 10% test. Reads --init, the
@@ -26,7 +27,7 @@ Logged at each step of PPO and GRPO: objective/scores (mean reward of the batch)
 the sampled tokens), objective/kl_exact (over whole distributions, never negative), objective/entropy (nats a response),
 objective/rlhf_reward (score - kl_coef x kl), policy/clipfrac (share of tokens whose ratio was clipped), policy/approxkl
 (k2, nats a token, to the policy that sampled), val/ratio (mean; 1 at the first update), val/explained_variance (of the
-returns, by the critic), val/stopped (share of responses that ended), eps (responses a second).
+returns, by the critic), val/stopped (share of responses that ended), loss/ptx, eps (responses a second).
 
 Differs from OpenAI's code (Ziegler et al. 2019) and TRL's: tokens behind the stop token are masked out everywhere; the
 score stands at the stop token; a response that never stops loses a point instead of getting a fixed score; log-probs
@@ -131,8 +132,8 @@ class Config(Options):
     max_approxkl: float = option(0.1, "go on to new responses once the policy is so many nats a token away from the "
                                  "one that sampled, 0 = never", low=0)
     no_stop_penalty: float = option(1.0, "subtracted from the score of a response that does not end by itself", low=0)
-    ptx_coef: float = option(0.3, "weight of the loss of writing the preferred answers, in nats a token, added to every "
-                             "update so that skills are kept", low=0)
+    ptx_coef: float = option(0.3, "ppo, grpo: weight of the loss of writing the preferred answers, in nats a token, "
+                             "which keeps skills", low=0)
     ppo_epochs: int = option(2, "times through each batch of responses", low=1)
     minibatches: int = option(1, "updates in each of them", low=1)
     clip_ratio: float = option(0.2, "the probability ratio counts between 1 - this and 1 + this", low=0.001)
@@ -326,19 +327,30 @@ class RewardModel(nn.Module):
         """The backbone's blocks, under the name by which `make_optimizers` looks for them."""
         return self.gpt.trf_blocks
 
+    @property
+    def reads_head(self):
+        """Whether a head of tokens of its own, not tied to the embeddings, is needed for the scores."""
+        return self.head_kind == "likelihood" and not self.gpt.config.tie_weights
+
     def forward(self, ids, mask=None, R=None):
         start = 1 if R is None else ids.shape[1] - R
         ids, left, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
         states, columns = self.gpt.hidden(ids), torch.arange(ids.shape[1], device=ids.device)
+        last = states[torch.arange(len(ids), device=ids.device), lengths - 1]
+        if self.head_kind != "likelihood":
+            return self.score(last)
         answer = (columns >= (start - left * (R is not None))[:, None]) & (columns < lengths[:, None])
-        return self.score(states[torch.arange(len(ids), device=ids.device), lengths - 1],
-                          lambda: summed_logprobs(self.gpt, states[:, :-1], ids[:, 1:], answer[:, 1:]))
+        return self.score(last, summed_logprobs(self.gpt, states[:, :-1], ids[:, 1:], answer[:, 1:]))
 
-    def score(self, states, logprobs):
-        """Return the scores (...) of the states (..., C) of last tokens and of what logprobs() gives, (...)."""
-        if self.head_kind == "likelihood":
-            states = torch.cat([states, logprobs()[..., None].to(states.dtype)], dim=-1)
-        return self.gain * self.head(states).squeeze(-1) + self.bias
+    def score(self, states, logprobs=None):
+        """Return the scores (...) of the states (..., C) of last tokens and the log-probabilities (...) of responses.
+
+        In float32 whatever the rest runs in: bfloat16 would round a log-probability of 50 nats to a quarter."""
+        with torch.autocast(states.device.type, enabled=False):
+            states = full_precision(states)
+            if logprobs is not None:
+                states = torch.cat([states, logprobs[..., None].to(states.dtype)], dim=-1)
+            return self.gain * self.head(states).squeeze(-1) + self.bias
 
     @torch.no_grad()
     def normalise(self, scores):
@@ -408,12 +420,14 @@ def pack(prompts, responses, pad_id, device="cpu"):
     real = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
     return torch.tensor(rows, device=device), torch.tensor(real, device=device), R
 
+
 class Prompt(NamedTuple):
     """A question as a person wrote it, and the token ids in which the model is asked."""
 
     text: str
     ids: list
     reference: str = ""  # an answer that somebody preferred
+    preferred: list = []  # its ids, as many as a response may have
 
 
 class Episodes(NamedTuple):
@@ -661,7 +675,8 @@ def make_prompts(pairs, tokenizer, template, config, model):
     """Return a Prompt for each different prompt of the pairs that leaves room for a response; others are counted."""
     room = model.config.context_length - config.response_length
     first = {pair["prompt"]: pair for pair in reversed(pairs)}
-    prompts = [Prompt(text, tokenizer.encode(format_prompt(first[text], template)), first[text]["chosen"])
+    prompts = [Prompt(text, tokenizer.encode(format_prompt(first[text], template)), first[text]["chosen"],
+                      encode_response(first[text]["chosen"], tokenizer, template)[: config.response_length])
                for text in dict.fromkeys(pair["prompt"] for pair in pairs)]
     short = [prompt for prompt in prompts if 0 < len(prompt.ids) <= room]
     long = f"{len(prompts) - len(short)} of {len(prompts)} prompts have more than {room} tokens, which leaves no room"
@@ -674,15 +689,13 @@ def make_prompts(pairs, tokenizer, template, config, model):
 
 def stored_tensors(model):
     """Return {name: tensor} of what a reward model's file holds: no head of tokens that is tied or not needed."""
-    unneeded = model.gpt.config.tie_weights or model.head_kind != "likelihood"
     return {name: tensor for name, tensor in model.state_dict().items()
-            if not (unneeded and name.startswith("gpt.out_head."))}
+            if model.reads_head or not name.startswith("gpt.out_head.")}
 
 
 def save_reward_model(path, model, tokenizer, **made):
     """Return the sha256 of the data after writing a reward model, its config and tokenizer to one file."""
-    tied = model.gpt.config.tie_weights or model.head_kind != "likelihood"  # there is no head of tokens to keep apart
-    config = dataclasses.replace(model.gpt.config, tie_weights=tied)
+    config = dataclasses.replace(model.gpt.config, tie_weights=not model.reads_head)
     metadata = {"kind": "reward", "config": json.dumps(dataclasses.asdict(config)),
                 "made": json.dumps({"kind": "reward", "head": model.head_kind, **made}),
                 "tokenizer": json.dumps(tokenizer.to_dict())}
@@ -836,7 +849,9 @@ def pair_scores(model, rows, pad_id):
     states, starts = pair_states(model.gpt, rows, pad_id)
     last = [(Q - 1, Q + len(row.rejected) - 1) for row, (_, Q) in zip(rows, starts)]
     last = torch.tensor(last, device=states.device)[:, :, None].expand(-1, -1, states.shape[2])
-    logprobs = lambda: torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id), dim=1)  # noqa: E731
+    if model.head_kind != "likelihood":
+        return model.score(states.gather(1, last)).float().unbind(1)
+    logprobs = torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id), dim=1)
     return model.score(states.gather(1, last), logprobs).float().unbind(1)
 
 
@@ -952,16 +967,16 @@ def finish_reward(run, parts, rows):
     length = longer[1] if longer[0] >= 0.5 else 1 - longer[1]  # prefer the long or the short, as in training
     gold = [rubric(gold_score, [p["prompt"] for p in parts[2]], [p[side] for p in parts[2]])
             for side in ("chosen", "rejected")]
-    truth = None if gold[0] is None else hits[truth_decides(parts[2])]
+    truth = hits[truth_decides(parts[2])] if gold[0] is not None else hits[:0]
     low, high = wilson(hits.sum().item(), len(hits))
     summary = run.finish(
         accuracy=hits.mean().item(), accuracy_interval=(low, high), length_baseline_accuracy=length,
         accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
-        accuracy_truth=None if truth is None else truth.mean().item(), truth_pairs=0 if truth is None else len(truth),
+        accuracy_truth=truth.mean().item() if len(truth) else None, truth_pairs=len(truth),
         naive_bayes_accuracy=bayes.mean().item(), ahead_of_naive_bayes=(hits - bayes).mean().item(),
         ahead_interval=interval(hits - bayes), margin=margins.mean().item(), val_loss=run.best_value,
         test_loss=-F.logsigmoid(margins).mean().item(), calibration_error=calibration(margins), test_pairs=len(hits))
-    where = "" if truth is None else f", {truth.mean():.1%} of the {len(truth)} where only truth decides"
+    where = "" if not len(truth) else f", {truth.mean():.1%} of the {len(truth)} where only truth decides"
     print(f"reward model: accuracy {hits.mean():.1%} ({low:.1%} to {high:.1%}) on {len(hits):,} held-out pairs{where}; "
           f"going by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {(hits - bayes).mean():.1%} "
           f"+-{interval(hits - bayes):.1%}); margin {margins.mean():.2f}, calibration error "
@@ -1008,23 +1023,35 @@ def inner_batches(n, config):
             yield rows.sort().values  # ordered as when they were scored, so that the first ratios are 1 to the bit
 
 
-def writing_loss(model, examples, pad_id):
-    """Return the mean loss () in nats a token of writing the responses of [(prompt ids, response ids)].
+def writing_loss(model, prompts):
+    """Return the summed loss () in nats of writing the preferred answers of some Prompts.
 
     Added to the policy's loss it is PPO-ptx, by which InstructGPT kept what it could do before (Ouyang et al. 2022,
     equation 2); there with pretraining text, here with answers to the same prompts that somebody preferred."""
-    ids, mask, R = pack(*zip(*examples), pad_id, model.device)
-    logprobs = summed_logprobs(model, response_states(model, ids, mask, R), ids[:, -R:], mask[:, -R:])
-    return -logprobs.sum() / mask[:, -R:].sum()
+    ids, mask, R = pack([prompt.ids for prompt in prompts], [prompt.preferred for prompt in prompts], 0, model.device)
+    return -summed_logprobs(model, response_states(model, ids, mask, R), ids[:, -R:], mask[:, -R:]).sum()
+
+
+def keep_skills(model, prompts, config, context):
+    """Return ptx_coef times the mean loss in nats a token of writing preferred answers, after its backward pass."""
+    lengths = torch.tensor([len(prompt.ids) + len(prompt.preferred) for prompt in prompts])
+    tokens, total = sum(len(prompt.preferred) for prompt in prompts), 0.0
+    for some in pieces(lengths, config.accumulate):
+        with context:
+            loss = writing_loss(model, [prompts[i] for i in some.tolist()])
+        loss = config.ptx_coef / tokens * loss  # 4. loss
+        loss.backward()  # 5. backward
+        total += loss.item()
+    return total
 
 
 def improve(policy, episodes, advantages, returns, kl_coef, config, apply, context=contextlib.nullcontext(),
-            further=None):
+            prompts=()):
     """Return (loss, metrics, gradient norm, rate) after learning from a batch of responses; means over its updates.
 
-    `apply(loss) -> (norm, rate)` clips the gradients and updates the weights, as Run.apply does; `further()`, if given,
-    is a loss that is added in every update. Ends early where the policy is further than --max_approxkl from the one
-    that sampled."""
+    `apply(loss) -> (norm, rate)` clips the gradients and updates the weights, as Run.apply does. With --ptx_coef
+    every update also learns to write the preferred answers to `prompts`. Ends early where the policy is further than
+    --max_approxkl from the one that sampled."""
     policy.eval()
     done = []
     for rows in inner_batches(len(episodes.ids), config):
@@ -1039,11 +1066,9 @@ def improve(policy, episodes, advantages, returns, kl_coef, config, apply, conte
             loss.backward()  # 5. backward
             batch_loss += loss.item()
             metrics.update({key: value * share for key, value in found.items()})
-        if further:
-            with context:
-                loss = further()
-            loss.backward()
-            batch_loss, metrics["loss/ptx"] = batch_loss + loss.item(), loss.item()
+        if config.ptx_coef and prompts:
+            metrics["loss/ptx"] = keep_skills(policy.gpt, prompts, config, context)
+            batch_loss += metrics["loss/ptx"]
         assert done or abs(metrics["val/ratio"] - 1) < 0.05, "the first ratio is not 1: dropout, or other temperatures?"
         if done and config.max_approxkl and metrics["policy/approxkl"] > config.max_approxkl:
             break
@@ -1103,7 +1128,7 @@ def train_policy(config, stage):
     per_batch = max(1, config.batch_size // group)
     per_epoch = math.ceil(len(prompts) / per_batch)
     run.start(policy, make_optimizers(policy, config), total_steps(config, per_epoch),
-              fingerprint([prompt.text for prompt in prompts], config.init, config.reward))
+              fingerprint(prompts, config.init, config.reward))
     compile_blocks(policy, config)
     kept = functools.partial(evaluate_policy, run, policy, start, val_prompts[: config.eval_prompts], reward, tokenizer,
                              template)
@@ -1117,11 +1142,8 @@ def train_policy(config, stage):
             with context:
                 episodes = play(policy, start, [prompts[i] for i in batch], reward, tokenizer, config, group)
             advantages, returns = targets(episodes, kl_coef, config, stage)
-            answers = [(prompts[i].ids, encode_response(prompts[i].reference, tokenizer, template)
-                        [: config.response_length]) for i in batch]
-            keep = functools.partial(lambda rows: config.ptx_coef * writing_loss(model, rows, tokenizer.eot_id), answers)
             loss, metrics, norm, rate = improve(policy, episodes, advantages, returns, kl_coef, config, run.apply,
-                                                context, keep if config.ptx_coef else None)
+                                                context, [prompts[i] for i in batch])
             run.advance(loss, int(episodes.mask.sum()))
             metrics |= episode_metrics(episodes, returns, kl_coef)
             report_policy(run, episodes, loss, norm, rate, metrics)  # 7. report

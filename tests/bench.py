@@ -633,7 +633,7 @@ def shakespeare_nanogpt(quick):
         sys.path.insert(0, str(folder))
         from model import GPT, GPTConfig
 
-        saved = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", weights_only=False)
+        saved = torch.load(folder / "out-shakespeare-char" / "ckpt.pt", weights_only=True)
         model = GPT(GPTConfig(**saved["model_args"]))
         model.load_state_dict(saved["model"])
         tokens = torch.tensor(array.array("H", (data / "val.bin").read_bytes()).tolist())

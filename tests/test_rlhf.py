@@ -1,5 +1,6 @@
 """Learning from preferences: closed forms, gradients, enumerable toys with a known optimum, runs, resuming, bad input."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -479,6 +480,49 @@ def test_ppo_and_grpo_learn_a_property_of_whole_responses():
     assert tied[1] - before < 0.4
     before, after = longer_toy("grpo", steps=40, batch_size=64, ppo_epochs=1)
     assert after - before > 0.8
+
+
+def test_keeping_skills_is_the_loss_of_the_preferred_answers_whatever_the_pieces():
+    """ptx_coef times the mean over all their tokens, with its gradient, in one piece or in three."""
+    rows = [([1, 2, 3], [4, 7]), ([5], [6, 2, 1, 7]), ([2, 2], [7]), ([3, 1, 4, 1], [5, 6, 7])]
+    prompts, found = [rlhf.Prompt("", ids, "", answer) for ids, answer in rows], []
+    for pieces in (0, 1, 3):
+        model = toy(sharp=10).gpt.double()
+        if pieces:
+            total = rlhf.keep_skills(model, prompts, options(ptx_coef=0.7, accumulate=pieces), contextlib.nullcontext())
+        else:
+            scores = [torch.log_softmax(model(torch.tensor([ids + answer]))[0].double(), -1)[len(ids) + i - 1, token]
+                      for ids, answer in rows for i, token in enumerate(answer)]
+            loss = -0.7 * torch.stack(scores).mean()
+            loss.backward()
+            total = loss.item()
+        found.append((total, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for total, gradient in found[1:]:
+        assert total == pytest.approx(found[0][0], rel=1e-6) and torch.allclose(gradient, found[0][1], atol=1e-6)
+
+
+def test_an_update_adds_the_gradient_of_keeping_skills():
+    """The gradient with --ptx_coef minus that without it is the one of `keep_skills` alone."""
+    def gradients(coef, only=False):
+        policy, config = toy(sharp=10), options(ptx_coef=coef, ppo_epochs=1, accumulate=2, response_length=8)
+        episodes, _ = rollout(policy, config, ["ab"] * 4)
+        advantages, returns = rlhf.targets(episodes, 0.1, config, "ppo")
+        prompts, kept = [rlhf.Prompt("", [1, 2], "", [3, 7])] * 4, []
+
+        def apply(loss):
+            kept.extend(p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in policy.gpt.parameters())
+            return 0.0, 0.0
+
+        policy.zero_grad()
+        if only:
+            rlhf.keep_skills(policy.gpt, prompts, config, contextlib.nullcontext())
+            apply(0)
+        else:
+            rlhf.improve(policy, episodes, advantages, returns, 0.1, config, apply, prompts=prompts)
+        return torch.cat([gradient.flatten() for gradient in kept])
+
+    alone = gradients(0.5, only=True)
+    assert alone.norm() > 0.01 and torch.allclose(gradients(0.5) - gradients(0.0), alone, atol=1e-5)
 
 
 # --- reward models, DPO, GRPO
