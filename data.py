@@ -163,9 +163,11 @@ def atomic(path):
         if error.errno is None or error.filename not in (None, str(temporary)):  # not about this file
             raise
         free = shutil.disk_usage(path.parent).free
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror} ({free:,} bytes free there)") from None
+        shown = Path(*(part for part in path.parts if not part.startswith(".tmp-")))  # not prepare's hidden folder
+        raise OSError(error.errno, f"cannot write {shown}: {error.strerror} ({free:,} bytes free there)") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or on a read-only disk there never was
+            temporary.unlink()
 
 
 def file_sha256(path):
@@ -559,8 +561,9 @@ def write_tokens(path, items, tokenizer, joined, made):
     wide = tokenizer.vocab_size > 1 << 16
     count, digest, shown = Counter(), hashlib.sha256(), time.monotonic()
     with atomic(path) as file:
-        for _, document in itertools.groupby(items, key=lambda item: item[1]):
-            for piece, ids in encoded((piece for _, _, piece in document), tokenizer):
+        ahead = encoded(((number, piece) for _, number, piece in items), tokenizer)
+        for _, document in itertools.groupby(ahead, key=lambda item: item[0]):
+            for _, piece, ids in document:
                 add_tokens(file, digest, ids, tokenizer.vocab_size, wide)
                 count.update(tokens=len(ids), characters=len(piece), bytes=len(piece.encode()))
                 if time.monotonic() - shown > 2:
@@ -577,28 +580,33 @@ def write_tokens(path, items, tokenizer, joined, made):
         file.write((json.dumps({**about, "sum": json_sha256(about)}, indent=1) + "\n").encode())
 
 
-def encoded(pieces, tokenizer):
-    """Yield (piece, its ids) in order; threads encode a few pieces ahead, as tiktoken lets go of the interpreter."""
+def encoded(items, tokenizer):
+    """Yield (document number, piece, its ids) of (document number, piece) items, in order.
+
+    Threads encode long pieces ahead, as tiktoken lets go of the interpreter; elsewhere they would only cost."""
+    long = 10_000 if getattr(tokenizer, "fast", None) else math.inf  # made here, where there is but one thread
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         waiting = collections.deque()
-        for piece in pieces:
-            waiting.append((piece, pool.submit(tokenizer.encode_array, piece)))
+        for number, piece in items:
+            waiting.append((number, piece, pool.submit(tokenizer.encode_array, piece) if len(piece) >= long else None))
             if len(waiting) > 16:
-                piece, ids = waiting.popleft()
-                yield piece, ids.result()
-        for piece, ids in waiting:
-            yield piece, ids.result()
+                number, piece, job = waiting.popleft()
+                yield number, piece, job.result() if job else tokenizer.encode_array(piece)
+        for number, piece, job in waiting:
+            yield number, piece, job.result() if job else tokenizer.encode_array(piece)
 
 
 def add_tokens(file, digest, ids, vocab_size, wide):
     """Return None; append ids to a token file and to its sum. An id outside the vocabulary is a ValueError."""
     fast = isinstance(ids, array.array) and ids.itemsize == 4 and len(ids)  # no Python number of a token is made
-    low, high = (min(ids, default=0), max(ids, default=0)) if not fast else torch.frombuffer(
-        ids, dtype=torch.int32).aminmax()
+    if fast:
+        low, high = torch.frombuffer(ids, dtype=torch.int32).aminmax()
+    else:
+        low, high = min(ids, default=0), max(ids, default=0)
     if not 0 <= low <= high < vocab_size:
         raise ValueError(f"the tokenizer gave an id outside its vocabulary of {vocab_size:,}: {max(ids)}")
     if fast and not wide:
-        numbers = memoryview(ids).cast("B").cast("H")[sys.byteorder == "big" :: 2].tobytes()
+        numbers = memoryview(ids).cast("B").cast("H")[::2].tobytes()  # the low halves: all here is little-endian
     else:
         numbers = array.array("I" if wide else "H", ids)
     digest.update(numbers)

@@ -536,11 +536,12 @@ class BPETokenizer(Tokenizer):
 
         ids = []
         for piece in regex.findall(GPT2_PATTERN, text):
-            if piece not in self.known:
+            found = self.known.get(piece)  # asked once, as another thread may empty it at any time
+            if found is None:
                 if len(self.known) >= 1 << 16:
                     self.known.clear()
-                self.known[piece] = self.merge(piece)
-            ids += self.known[piece]
+                found = self.known[piece] = self.merge(piece)
+            ids += found
         return ids
 
     @functools.cached_property

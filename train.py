@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import hashlib
 import html
 import itertools
@@ -221,7 +222,7 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (argparse.ArgumentError, ValueError, OSError, RuntimeError, MemoryError) as error:
-        memory = "alloc" in str(error) and "memory" in str(error) or isinstance(error, MemoryError)
+        memory = out_of_memory(error)
         gone = several and (isinstance(error, dist.DistError) or "gloo" in str(error))  # met outside of `lost`
         if debug or type(error) is RuntimeError and not (memory or gone):
             raise
@@ -623,28 +624,42 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def damaged_part(path):
-    """Return the name of the first part of a zip archive whose checksum is not that of its bytes, None if all are."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
+def out_of_memory(error):
+    """Return whether an error says that memory ran out, as Python, the CPU's allocator or CUDA says it."""
+    return isinstance(error, MemoryError) or "alloc" in str(error) and "memory" in str(error)
+
+
+def damage(path):
+    """Return what is wrong with a zip archive, "" where each part's checksum is that of its bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:  # as the place of the damage has it
+        return str(error) or "it ends early"
+    return f"{part} fails its checksum" if part else ""
 
 
 def read_state(path, mmap=False):
     """Return the dict that `Run.save` wrote; raises ValueError where the file is damaged or not ours.
+
+    An error that says nothing about the file itself, as that it may not be read or that memory ran out, stays what it
+    is: nobody should throw a good run away for it.
 
     With `mmap` its tensors stay on the disk until they are used, so that many processes can read it at once.
 
     torch.load does not check the archive's CRCs (a flipped bit in a weight would load silently), so they are checked
     first; weights_only keeps the file from running anything."""
     try:
-        if damaged := damaged_part(path):
-            raise ValueError(f"{damaged} fails its checksum")
+        if damaged := damage(path):
+            raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if type(state) is not dict or state.get("format") != 1:
             raise ValueError("not a state of this program")
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged archive fails in a dozen ways, all of them mean the same
+        if out_of_memory(error) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE):
+            raise
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{path} is damaged or not ours ({reason}); --fresh starts anew") from None
     return state
@@ -677,11 +692,13 @@ class Run:
         self.recent, self.clock, self.state, self.stop_signal, self.lock_file = [], None, None, 0, None
         self.losses = collections.deque(maxlen=100)  # of the last steps, to tell a spike
         self.kept = {}  # plain values of the script's own that a resumed run needs
+        self.examples = ()  # indices of this step's batch, all processes together
         if process() == 0:
             self.open()
         wait()
         if together(int(self.state is not None), "max") and self.state is None:  # the first process found one
             self.state = read_state(self.folder / "state.pt", getattr(config, "fsdp", False))
+        wait()  # reading takes minutes where the model is large, and what comes next has a time limit
         Run.current = self
 
     def open(self):
@@ -788,11 +805,17 @@ class Run:
         """Take from metrics.jsonl what a stopped run logged after its last save: it is going to be logged again.
 
         A line that a full disk or a power cut left unfinished goes too."""
-        metrics, kept = self.folder / "metrics.jsonl", []
-        known = self.step and metrics.exists()
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if known else ():
-            with contextlib.suppress(ValueError):
-                kept += [line + "\n"] if json.loads(line)["step"] <= self.step else []
+        metrics, lines, kept = self.folder / "metrics.jsonl", [], []
+        if self.step and metrics.exists():
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            step = row.get("step") if isinstance(row, dict) else None
+            if isinstance(step, int) and step <= self.step:
+                kept.append(line + "\n")
         with replacing(metrics) as file:
             file.write("".join(kept).encode())
 
@@ -811,36 +834,59 @@ class Run:
             raise ValueError(f"--init {self.config.init} is no longer what {self.folder} was started from; --fresh "
                              "starts anew")
         own = trainable_state(self.model)
-        self.check_fit(own, state)
+        self.check_weights(own, state["model"])
+        self.check_moments(state)
         with torch.no_grad():
             for name, tensor in state["model"].items():
                 own[name].copy_(sharded_like(tensor, own[name]))
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for number, values in saved["state"].items():
-                values.update({key: sharded_like(value, parameters[number]) for key, value in values.items()})
-            optimizer.load_state_dict(saved)
+            moments = {number: {key: sharded_like(value, parameters[number]) for key, value in values.items()}
+                       for number, values in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": moments})
         torch.set_rng_state(state["rng"])
         for number, rng in zip(range(torch.cuda.device_count()), state["cuda_rng"]):  # as many GPUs as both have
             torch.cuda.set_rng_state(rng, number)
         for key, value in state["progress"].items():
             setattr(self, key, value)
+        wait()  # as in __init__
 
-    def check_fit(self, own, state):
-        """Raise ValueError for the first tensor of a saved state that is missing, of another shape, or not finite."""
-        fits = {name: name in own and name in state["model"] and own[name].shape == state["model"][name].shape
-                and bool(state["model"][name].isfinite().all()) for name in sorted(set(own) | set(state["model"]))}
+    def misfit(self, what):
+        """Return a ValueError about state.pt."""
+        return ValueError(f"{self.folder}/state.pt {what}; --fresh starts anew")
+
+    def check_weights(self, own, saved):
+        """Raise ValueError for the first saved weight that is missing, too many, of another shape, or not finite."""
+        for name in sorted(set(own) | set(saved)):
+            if name not in own or name not in saved or own[name].shape != saved[name].shape:
+                raise self.misfit(f"does not fit the model at {name}")
+            if not saved[name].isfinite().all():
+                raise self.misfit(f"is of no use: {name} is not finite")
+
+    def check_moments(self, state):
+        """Raise ValueError for the first parameter whose moments are missing, of another shape, or not finite.
+
+        torch would take them, and fail in the next step or learn something else."""
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise self.misfit(f"does not fit the model: it holds {len(state['optimizers'])} optimizers, not "
+                              f"{len(self.optimizers)}")
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, state["optimizers"])):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for index, values in saved["state"].items():  # torch would take other shapes, and fail in the next step
-                fits[f"optimizer {number}, parameter {index}"] = index < len(parameters) and all(
-                    t.shape in ((), parameters[index].shape) for t in values.values() if torch.is_tensor(t))
-        for name in (name for name, sound in fits.items() if not sound):
-            raise ValueError(f"{self.folder}/state.pt does not fit the model at {name!r}, or holds values that are not "
-                             "finite; --fresh starts anew")
+            shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+            names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            expected = range(len(shapes)) if state["step"] else ()  # the first update makes them
+            for index in sorted({*saved["state"], *expected}):
+                where, moments = f"optimizer {number}, parameter {index}", saved["state"].get(index, {})
+                if index >= len(shapes) or moments.keys() != names or any(
+                        t.shape not in ((), shapes[index]) for t in moments.values()):
+                    raise self.misfit(f"does not fit the model at {where}")
+                if not all(t.isfinite().all() for t in moments.values()):
+                    raise self.misfit(f"is of no use: {where} is not finite")
 
     def save(self):
-        """Write state.pt: everything that `start` puts back. Several processes hold the same, the first one writes."""
+        """Write state.pt: everything that `start` puts back.
+
+        The first process writes. With --fsdp each holds only its share, and the first one's CPU memory must take the
+        whole: all processes must come here, as each tensor in turn is put together."""
         model, optimizers = gathered([trainable_state(self.model), [o.state_dict() for o in self.optimizers]])
         if process() == 0:
             self.write_state(model, optimizers)
@@ -857,9 +903,10 @@ class Run:
         with replacing(self.folder / "state.pt") as file:
             torch.save(state, file)
             file.flush()
-            if damaged_part(file.name):
-                raise OSError(f"{self.folder}/state.pt does not read back as it was written, the one before stays; "
-                              "write to another disk")
+            os.fsync(file.fileno())  # a disk that fails says so here
+            if damaged := damage(file.name):
+                raise OSError(f"{self.folder}/state.pt does not read back as it was written ({damaged}), the one "
+                              "before stays; write to another disk")
 
     def elapsed(self):
         """Return the seconds that this run has taken, earlier parts included."""
@@ -877,7 +924,8 @@ class Run:
             self.step_clock = time.monotonic()
             if process():
                 torch.manual_seed(seeded("process", self.config.seed, self.step, process()).initial_seed())
-            yield share(order[number * batch_size : (number + 1) * batch_size])
+            self.examples = order[number * batch_size : (number + 1) * batch_size]
+            yield share(self.examples)
 
     def update(self, loss, tokens):
         """Clip the gradients, set the rate, update the weights; return (gradient norm, rate).
@@ -894,9 +942,10 @@ class Run:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = full(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
+            few = [f"{int(index)}" for index in self.examples[:8]] + ["..."] * (len(self.examples) > 8)
             raise ValueError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: nothing was updated, "
                              f"{self.folder} keeps the last good state; lower --learning_rate, raise --warmup_steps, "
-                             "or look at the data of this batch")
+                             f"or look at the data of this batch, examples {', '.join(few)}")
         factor = rate_factor(self.step, self.total, config.warmup_steps, config.schedule, config.final_rate)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from tokenizer import BPETokenizer
 
 ROOT = Path(data.__file__).parent
 BODY = b"once upon a time\n" * 5000  # larger than one read
@@ -462,6 +463,26 @@ def test_many_documents_are_joined_by_the_end_of_text(tmp_path):
     assert info["tokens"] == 9 * 12 + 9 and info["documents"] == 9
     folder = data.prepare("a.jsonl", Characters(eot=False))
     assert decode(data.load_tokens(folder / "train.bin")) == "".join(lines[:9])
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("specials", [False, True])
+def test_prepared_files_are_those_of_a_plain_loop(threads, specials, tmp_path):
+    """Short and long documents, encoded in threads and without: in order, each with its end of text."""
+    rng, text = random.Random(0), "Tom has a red ball and Mia has a blué one.\n"
+    documents = [text[: rng.randrange(1, 43)] * rng.choice([1, 1, 1, 2, 99, 999]) for _ in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
+    ends = ["<|endoftext|>"] if specials else []
+    tokenizer = BPETokenizer.train([text], 300, special_tokens=ends, workers=1)
+    if not threads:
+        tokenizer.fast = None
+    folder = data.prepare("a.jsonl", tokenizer)
+    for part, wanted in (("train", documents[:54]), ("val", documents[54:])):
+        ids = array.array("H")
+        for one in wanted:
+            ids.extend(tokenizer.encode_array(one).tolist())
+            ids.extend([tokenizer.eot_id] if specials else [])
+        assert (folder / f"{part}.bin").read_bytes() == ids.tobytes() and len(ids) > 1000
 
 
 def test_a_single_document_is_cut_by_characters_and_gets_no_end(tmp_path):

@@ -81,6 +81,13 @@ def test_public_functions_and_classes_say_what_they_return(name):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
+def test_no_line_is_wider_than_120_columns():
+    """In the nine files."""
+    wide = [(name, number) for name in THERE
+            for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert wide == []
+
+
 def dangers(tree):
     """Yield (line, what) for every call that could run foreign code, trust a server blindly, or hang."""
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

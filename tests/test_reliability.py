@@ -1,9 +1,13 @@
 """Nothing lost: 64 bad inputs, 24 faults, exact resume of four scripts, corruption, malicious files.
 
-`INPUTS` and `FAULTS` name the test that holds each entry, in this file or another, or why there is nothing to hold."""
+`INPUTS` and `FAULTS` name the test that holds each entry, in this file or another, or why there is nothing to hold.
+
+A run keeps one state, beside its best weights. So there is no newest one to choose, by step or by time, and no previous
+one to fall back to: a state that is damaged, though it was read back before it got its name, is refused."""
 
 import ast
 import builtins
+import contextlib
 import errno
 import hashlib
 import io
@@ -81,14 +85,16 @@ INPUTS = {
     "33 device or type that is not there": "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
     "34 folder with a run": "test_train::test_an_existing_run_is_never_overwritten",
     "35 --resume of nothing": "test_train::test_resume_in_an_empty_folder_starts_and_says_so",  # and goes on, by design
+    # Refused, and nothing else is taken in its place: only one state is kept, there is no previous one.
     "36 damaged state": f"{HERE}::test_wrong_data_and_a_damaged_state_are_one_line_in_every_script "
-                        "test_train::test_a_damaged_state_is_found_before_it_is_used",
+                        "test_train::test_a_damaged_state_is_found_before_it_is_used "
+                        f"{HERE}::test_a_state_that_cannot_be_read_now_is_not_called_damaged",
     "37 --resume with other options or data": "test_train::test_an_existing_run_is_never_overwritten "
                                               "test_train::test_changed_data_is_refused_on_resume",
     "38 optimizer state of another model": f"{HERE}::test_a_state_that_does_not_fit_or_is_not_finite_is_refused",
     "39 weights that are not finite": f"{HERE}::test_a_state_that_does_not_fit_or_is_not_finite_is_refused "
         "test_safetensors::test_weights_that_are_not_finite_are_named_and_nothing_is_copied",
-    "40 foreign pickle, module, TorchScript": f"{HERE}::test_six_kinds_of_malicious_checkpoints_run_nothing",
+    "40 foreign pickle or module": f"{HERE}::test_six_kinds_of_malicious_checkpoints_run_nothing",
     "41 folder read-only, a file, on a full disk":
         f"{HERE}::test_a_folder_that_cannot_be_written_ends_before_the_first_step",
     "42 instruction without a key": "test_finetune_sft::test_entries_that_cannot_be_used_are_refused_or_counted",
@@ -117,7 +123,8 @@ INPUTS = {
                                 "test_safetensors::test_a_malformed_file_is_refused_with_the_rule_that_it_breaks "
                                 "test_safetensors::test_no_malformed_file_makes_the_reader_claim_memory",
     "60 weights of another size, transposed": "test_gpt2_weights::test_a_file_that_does_not_fit_names_the_tensor",
-    "61 weights as a pickle": "test_gpt2_weights::test_a_pickle_is_refused_and_nothing_in_it_runs",
+    "61 weights as a pickle": "test_gpt2_weights::test_a_pickle_is_refused_and_nothing_in_it_runs "
+                              f"{HERE}::test_six_kinds_of_malicious_checkpoints_run_nothing",
     "62 prompt empty, too long, no UTF-8": f"{HERE}::test_any_prompt_is_continued_or_refused_in_one_line",
     "63 sampling outside its range": f"{HERE}::test_sampling_options_outside_their_range_are_refused",
     "64 output closed, full, ASCII": f"{HERE}::test_output_that_ends_or_cannot_show_a_character",
@@ -133,8 +140,9 @@ FAULTS = {
                                           f"{HERE}::test_what_a_power_cut_leaves_is_cleared_away",
     "F5 disk full in a save": f"{HERE}::test_a_full_disk_is_named_wherever_a_run_writes "
                               "test_train::test_a_full_disk_ends_the_run_and_keeps_the_last_good_state",
-    "F6 disk full while data is prepared": f"{HERE}::test_a_disk_that_fills_or_fails_leaves_every_old_file",
-    "F7 disk that fails": f"{HERE}::test_a_disk_that_fills_or_fails_leaves_every_old_file",
+    "F6 disk full while data is prepared": f"{HERE}::test_a_disk_that_fails_while_data_is_prepared_leaves_nothing",
+    "F7 disk that fails": f"{HERE}::test_a_disk_that_fills_or_fails_leaves_every_old_file "
+                          f"{HERE}::test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state",
     "F8 flipped bits, cut files": f"{HERE}::test_damage_to_any_file_is_found_before_it_is_used",
     "F9 download cut": "test_data::test_a_failure_that_passes_is_tried_again "
                        "test_gpt2_weights::test_a_cut_transfer_goes_on_where_it_stopped",
@@ -239,7 +247,9 @@ def files():
 
 
 def refused(capsys, main, argv, status, *words, new=r"\.lock$|^data/prepared/"):
-    """Assert an exit status, one line of error with these words, that no old file changed, and no new one but `new`."""
+    """Assert an exit status, one line of error with these words, that no old file changed, and no new one but `new`.
+
+    Returns the line."""
     capsys.readouterr()
     before = files()
     assert main([str(word) for word in argv]) == status, argv
@@ -250,6 +260,7 @@ def refused(capsys, main, argv, status, *words, new=r"\.lock$|^data/prepared/"):
     after = files()
     assert {path: after.get(path) for path in before} == before, argv
     assert [str(path) for path in set(after) - set(before) if not re.search(new, str(path))] == [], argv
+    return lines[0]
 
 
 def forked(function, *args):
@@ -265,6 +276,14 @@ def forked(function, *args):
         finally:
             os._exit(status)
     return pid
+
+
+def until(condition):
+    """Return when condition() is true; a minute without that fails the test."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited a minute in vain"
+        time.sleep(0.002)
 
 
 def ended(pid):
@@ -356,21 +375,32 @@ def test_a_state_that_does_not_fit_or_is_not_finite_is_refused(work, capsys):
     good, path = Path("out/pretrain/state.pt").read_bytes(), Path("out/pretrain/state.pt")
     moments = [sorted(optimizer["state"]) for optimizer in train.read_state(path)["optimizers"]]
     assert len(moments) == 2 and all(moments)
+    fit, finite = "does not fit the model", "is not finite"
 
     def weight(state):
         return state["model"]["pos_emb.weight"]
 
-    changes = [(lambda s: s["model"].update({"pos_emb.weight": weight(s)[:5]}), "pos_emb.weight"),
-               (lambda s: s["model"].pop("pos_emb.weight"), "pos_emb.weight"),
-               (lambda s: weight(s).view(-1)[3:4].fill_(math.nan), "pos_emb.weight"),
-               (lambda s: s["optimizers"][1]["state"][0].update(exp_avg=torch.zeros(3, 3)), "optimizer 1, parameter 0"),
-               (lambda s: s["optimizers"][0]["state"][0].update(momentum=torch.zeros(2)), "optimizer 0, parameter 0"),
-               (lambda s: s["optimizers"][1]["state"].update({99: s["optimizers"][1]["state"][0]}), "parameter 99")]
-    for change, name in changes:
+    def moment(state, number, index=0):
+        return state["optimizers"][number]["state"][index]
+
+    first = "optimizer 0, parameter 0"
+    changes = [(lambda s: s["model"].update({"pos_emb.weight": weight(s)[:5]}), fit, "pos_emb.weight"),
+               (lambda s: s["model"].pop("pos_emb.weight"), fit, "pos_emb.weight"),
+               (lambda s: s["model"].update(more=weight(s)), fit, "more"),
+               (lambda s: weight(s).view(-1)[3:4].fill_(math.nan), finite, "pos_emb.weight"),
+               (lambda s: moment(s, 1).update(exp_avg=torch.zeros(3, 3)), fit, "optimizer 1, parameter 0"),
+               (lambda s: moment(s, 0).update(momentum=torch.zeros(2)), fit, first),
+               (lambda s: s["optimizers"][1]["state"].update({99: moment(s, 1)}), fit, "parameter 99"),
+               (lambda s: moment(s, 0)["momentum"].view(-1)[5:6].fill_(math.inf), finite, first),
+               (lambda s: moment(s, 0).clear(), fit, first),
+               (lambda s: moment(s, 1, 1).pop("exp_avg_sq"), fit, "optimizer 1, parameter 1"),
+               (lambda s: s["optimizers"][1]["state"].pop(2), fit, "optimizer 1, parameter 2"),
+               (lambda s: s["optimizers"].pop(), fit, "1 optimizers, not 2")]
+    for change, *words in changes:
         state = torch.load(io.BytesIO(good), weights_only=True)
         change(state)
         torch.save(state, path)
-        refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--max_steps", 3, "--resume"], 1, name, "--fresh")
+        refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--max_steps", 3, "--resume"], 1, *words, "--fresh")
     path.write_bytes(good)
     go("train", "--max_steps", 3, "--resume")
 
@@ -410,19 +440,29 @@ def test_a_folder_that_cannot_be_written_ends_before_the_first_step(work, capsys
 @pytest.mark.filterwarnings("error")
 def test_ppo_on_one_response_with_one_reward_stays_finite(work):
     """A batch of one, and rewards that are all equal: nothing to whiten; weights and all logged figures are finite."""
-    for out, flags in (("one", ["--reward", "mine:length", "--batch_size", 1]), ("same", ["--group", 4])):
+    same = ["--reward", "mine:same", "--no_stop_penalty", 0, "--group", 4]
+    for out, flags in (("one", ["--reward", "mine:length", "--batch_size", 1]), ("same", same)):
         command = "grpo" if out == "same" else "ppo"
         argv = [command, *SCRIPTS["ppo"][1].split()[1:], *map(str, flags), "--accumulate", "1", "--max_steps", "2"]
         assert rlhf.main([*argv, "--out_dir", out]) == 0
         assert all(t.isfinite().all() for t in train.read_state(f"{out}/state.pt")["model"].values())
-        assert not re.search("NaN|Infinity", Path(out, "metrics.jsonl").read_text(encoding="utf-8"))
+        log = Path(out, "metrics.jsonl").read_text(encoding="utf-8")
+        assert not re.search("NaN|Infinity", log)
+        rows = [json.loads(line) for line in log.splitlines()]
+        assert [row["objective/scores_std"] for row in rows if "objective/scores_std" in row] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", TRAIN_FIRST)
 def test_a_gradient_that_is_not_finite_stops_before_the_update(name, value, work, capsys, monkeypatch):
-    """One bad number in the gradients of step 3: status 1, the step named, and the state is that of step 2, finite."""
-    real = torch.Tensor.backward
+    """One bad number in the gradients of step 3: status 1, the step and the first examples of its batch named, and the
+    state is that of step 2, finite."""
+    real, batches, seen = torch.Tensor.backward, train.Run.batches, []
+
+    def recorded(run, *rest):
+        for batch in batches(run, *rest):
+            seen.append([int(index) for index in batch])
+            yield batch
 
     def backward(tensor, *args, **named):
         real(tensor, *args, **named)
@@ -430,9 +470,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(name, value, work
             next(p for p in train.Run.current.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(train.Run, "batches", recorded)
     main, command, _ = SCRIPTS[name]
-    refused(capsys, main, [*command.split(), "--save_every", 1, "--out_dir", "bad"], 1, "step 3", "gradient norm",
-            "nothing was updated", "bad keeps", "--learning_rate", new="^bad/|^data/|mine")
+    line = refused(capsys, main, [*command.split(), "--save_every", 1, "--out_dir", "bad"], 1, "step 3",
+                   "gradient norm", "nothing was updated", "bad keeps", "--learning_rate", new="^bad/|^data/|mine")
+    assert len(seen) == 3 and seen[2] != seen[1]
+    assert line.partition("this batch, examples ")[2].startswith(", ".join(map(str, seen[2][:8])))
     state = train.read_state("bad/state.pt")
     assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
 
@@ -608,6 +651,23 @@ def test_a_disk_that_fills_or_fails_leaves_every_old_file(saver, number, tmp_pat
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_while_data_is_prepared_leaves_nothing(number, work, capsys, monkeypatch):
+    """data.py prepare: one line with the folder that was asked for, and nothing stands there or beside it."""
+    CharTokenizer.train([" ".join(WORDS)]).save("chars.json")
+
+    def failing(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    argv = ["prepare", "--data", "text.txt", "--tokenizer", "chars.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        line = refused(capsys, data.main, argv, 1, "data/prepared/", "train.bin", os.strerror(number), "another",
+                       new="^$")
+    assert ".tmp" not in line and list(Path("data/prepared").iterdir()) == []
+    assert data.main(argv) == 0 and len(list(Path("data/prepared").iterdir())) == 1
+
+
 @pytest.mark.parametrize("name", TRAIN_FIRST)
 def test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state(name, work, capsys, monkeypatch):
     """EIO when the state of step 3 is synced: one line, status 1, the state of step 2 loads, and the run goes on."""
@@ -658,13 +718,16 @@ def run_started():
     return train.Run.current is not None and train.Run.current.step > 1
 
 
-def test_a_state_that_does_not_read_back_never_gets_its_name(work, capsys, monkeypatch):
-    """A disk that stores one wrong bit in step 3: status 1, and the state of step 2 stays."""
+@pytest.mark.parametrize("fault", ["a bit", "the end"])
+def test_a_state_that_does_not_read_back_never_gets_its_name(fault, work, capsys, monkeypatch):
+    """A disk that stores one wrong bit in step 3, or only the beginning: status 1, and the state of step 2 stays."""
     real = torch.save
 
     def wrong(state, file):
         real(state, file)
-        if train.Run.current.step == 3:
+        if train.Run.current.step == 3 and fault == "the end":
+            file.truncate(1000)
+        elif train.Run.current.step == 3:
             weights = max(state["model"].values(), key=torch.numel)
             with open(file.name, "rb") as written:
                 file.flush()
@@ -676,6 +739,28 @@ def test_a_state_that_does_not_read_back_never_gets_its_name(work, capsys, monke
     refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--save_every", 1], 1, "out/pretrain/state.pt",
             "another disk", new="^out/|^data/")
     assert train.read_state("out/pretrain/state.pt")["step"] == 2 and not list(Path("out/pretrain").glob(".*.tmp"))
+
+
+UNREADABLE = {"permission": PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out/pretrain/state.pt"),
+              "fault": OSError(errno.EIO, os.strerror(errno.EIO)), "gone": OSError(errno.ESTALE, "Stale file handle"),
+              "many": OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "memory": MemoryError()}
+
+
+@pytest.mark.parametrize("where", [(zipfile, "ZipFile"), (torch, "load")])
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged(what, where, work, capsys, monkeypatch):
+    """An error that is not the file's fault is told as it is, not with the advice to start anew; later it goes on."""
+    stop_at("train", 1, "report", monkeypatch)
+
+    def failing(*args, **named):
+        raise UNREADABLE[what]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, failing)
+        line = refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--resume"], 1,
+                       "out of memory" if what == "memory" else UNREADABLE[what].strerror)
+    assert "damaged" not in line and "--fresh" not in line
+    go("train", "--resume")
 
 
 def test_without_network_what_needs_it_is_one_line_and_the_rest_runs(work, capsys, monkeypatch):
@@ -763,10 +848,7 @@ def test_a_lock_ends_with_its_holder(work, capsys):
 
     pid = forked(hold)
     try:
-        for _ in range(1000):
-            if Path("ready").exists():
-                break
-            time.sleep(0.02)
+        until(Path("ready").exists)
         refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--resume"], 2, f"in use by process {pid}")
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -784,13 +866,14 @@ POINTS = {  # where a run of 12 steps is stopped, with five steps in an epoch: (
 
 
 def digest(folder):
-    """Return the sha256 of all trained weights, last and best, and of the optimizers' moments."""
-    found = hashlib.sha256()
+    """Return sha256s: of all trained weights, of the optimizers' moments, and of the best weights."""
     state = train.read_state(f"{folder}/state.pt")
-    for name in sorted(state["model"]):
-        found.update(name.encode() + gpt.tensor_bytes(state["model"][name].contiguous()))
-    best = [path for path in Path(folder).rglob("*.safetensors")]
-    return found.hexdigest(), sorted(gpt.read_safetensors(path)[1].get("data_sha256", "") for path in best)
+    moments = [sorted(optimizer["state"].items()) for optimizer in state["optimizers"]]
+    assert state["model"] and all(moments)
+    last = [hashlib.sha256(repr(flat(part)).encode()).hexdigest() for part in (state["model"], moments)]
+    best = sorted(hashlib.sha256(repr(flat(gpt.read_safetensors(path)[0])).encode()).hexdigest()
+                  for path in Path(folder).rglob("*.safetensors"))
+    return *last, best
 
 
 def stop_at(name, step, place, monkeypatch, number=signal.SIGTERM):
@@ -816,7 +899,7 @@ def stop_at(name, step, place, monkeypatch, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_stopped_at_six_points_ends_with_the_same_bits(name, work, monkeypatch):
-    """6 of 6 for each of four scripts; without the random numbers or the moments, the controls, the bits differ."""
+    """6 of 6 for each of four scripts; with other random numbers or without moments, the controls, the bits differ."""
     folder, lengths, equal = SCRIPTS[name][2], [], 0
     with monkeypatch.context() as patch:
         batches = train.Run.batches
@@ -839,8 +922,8 @@ def test_a_run_stopped_at_six_points_ends_with_the_same_bits(name, work, monkeyp
         if part == "rng":
             state["rng"] = torch.Generator().manual_seed(99).get_state()
         else:
-            for optimizer in state["optimizers"]:
-                optimizer["state"] = {}
+            for moments in (values for optimizer in state["optimizers"] for values in optimizer["state"].values()):
+                moments.update({key: t if t.dim() == 0 else torch.zeros_like(t) for key, t in moments.items()})
         torch.save(state, f"{folder}/state.pt")
         go(name, "--resume")
         assert digest(folder)[0] != expected[0], part
@@ -856,8 +939,7 @@ def test_a_process_that_gets_a_signal_resumes_to_the_same_bits(name, number, wor
     assert main(command) == 0
     expected = digest(folder)
     pid = forked(main, [*command, "--fresh"])
-    while not Path(f"{folder}.1").exists() or not Path(folder, "model.safetensors").exists():
-        time.sleep(0.01)
+    until(lambda: Path(f"{folder}.1").exists() and Path(folder, "model.safetensors").exists())
     time.sleep(0.05)
     os.kill(pid, number)
     assert ended(pid) == (-9 if number == signal.SIGKILL else 128 + number)
@@ -884,35 +966,46 @@ def test_a_kill_between_writing_and_renaming_resumes_to_the_same_bits(nth, work)
 
 
 @pytest.mark.slow
-def test_twenty_kills_while_saving_lose_nothing(work):
-    """A process that saves without a pause is killed at 20 random moments: the state loads each time, never older
-    than the last save that was finished, and none is lost for good."""
-    go("train", "--max_steps", 2)
+def test_twenty_kills_while_saving_lose_nothing(work, monkeypatch):
+    """A run that saves step 2 without a pause is killed at 20 random moments: the state loads each time, is never older
+    than the last save that was finished, and the resumed run ends with the same bits."""
+    go("train")
+    expected, filler = digest("out/pretrain"), torch.arange(500_000)  # which makes a save take longer
+    stop_at("train", 1, "report", monkeypatch)
+    shutil.copytree("out/pretrain", "stopped")
     rng, survived, path = random.Random(0), 0, Path("out/pretrain/state.pt")
-    state = {**train.read_state(path), "filler": torch.arange(500_000)}
 
-    def save_without_end():
+    def save_without_end(run, *figures):
         for number in itertools.count():
-            with gpt.replacing(path) as file:
-                torch.save({**state, "number": number}, file)
+            run.kept.update(number=number, filler=filler)
+            run.save()
             Path("saved").write_text(str(number), encoding="utf-8")
 
+    def killed():
+        train.Run.report = save_without_end
+        return train.main([*SCRIPTS["train"][1].split(), "--resume"])
+
     for _ in range(20):
+        shutil.rmtree("out/pretrain")
+        shutil.copytree("stopped", "out/pretrain")
         Path("saved").unlink(missing_ok=True)
-        pid = forked(save_without_end)
-        while not Path("saved").exists():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0.0, 0.1))
-        os.kill(pid, signal.SIGKILL)
+        pid = forked(killed)
+        try:
+            until(Path("saved").exists)
+            time.sleep(rng.uniform(0.0, 0.1))
+        finally:
+            os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         found, told = train.read_state(path), Path("saved").read_text(encoding="utf-8")
-        survived += torch.equal(found["filler"], state["filler"]) and found["number"] >= int(told or 0)
+        kept = found["progress"]["kept"]
+        survived += found["step"] == 2 and torch.equal(kept["filler"], filler) and kept["number"] >= int(told or 0)
     assert survived == 20
-    go("train", "--max_steps", 2, "--resume")
-    assert not list(Path("out/pretrain").glob(".*.tmp"))
+    go("train", "--resume")
+    assert digest("out/pretrain") == expected and not list(Path("out/pretrain").glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("rest", [b'{"step": 7, "lo', b"\0\0\0\0", b'{"step": 7, "sample": "\xc3'])
+@pytest.mark.parametrize("rest", [b'{"step": 7, "lo', b"\0\0\0\0", b'{"step": 7, "sample": "\xc3',
+                                  b'7\n[7]\n"step"\nnull\n{"loss": 1}\n{"step": "7"}\n{"step": null}\n'])
 def test_what_a_power_cut_leaves_is_cleared_away(rest, work, monkeypatch):
     """Half a line at the end of the log, temporary files beside model and adapter: --resume goes on to the same end."""
     go("train")
@@ -990,7 +1083,8 @@ def test_damage_to_any_file_is_found_before_it_is_used(work):
             try:
                 same = flat(load(path)) == whole
             except ValueError as error:
-                same = path.name in str(error) or path.parent.name in str(error)  # refused, by name
+                names = {path.name, path.parent.name} - {""}
+                same = any(name in str(error) for name in names)  # refused, by name
             found += same
             assert same, path
         path.write_bytes(good)
@@ -1078,9 +1172,11 @@ def test_six_kinds_of_malicious_checkpoints_run_nothing(work, capsys):
                 refused(capsys, main, [*argv, path], 1, path)
         safe += not marker.exists()
     assert safe == len(kinds) == 6
-    with pytest.raises(Exception):  # the control: these files do what they say where nobody looks
-        torch.load("out/pretrain/state.pt", weights_only=False)["?"]
-    assert marker.exists()
+    for kind, content in kinds.items():  # the control: each of them does what it says where nobody looks
+        with contextlib.suppress(Exception):
+            torch.load(io.BytesIO(content), weights_only=False)
+        assert marker.exists(), kind
+        marker.rmdir()
 
 
 def hostile_documents(tokens, n=10_000):
@@ -1140,11 +1236,12 @@ PATTERNS = (r"\bpickle\.loads?\(", r"\bimport pickle\b", r"weights_only\s*=\s*Fa
 
 
 def test_no_dangerous_word_stands_in_the_tree():
-    """A plain search, beside the syntax trees of test_layout: the nine files, Makefile, README and CI."""
-    paths = [*ROOT.glob("*.py"), ROOT / "Makefile", *(path for path in (ROOT / ".ci").glob("*") if path.is_file())]
+    """A plain search, beside the syntax trees of test_layout: the nine files, bench.py, Makefile, README and CI."""
+    paths = [*ROOT.glob("*.py"), ROOT / "tests" / "bench.py", ROOT / "Makefile", ROOT / "README.md",
+             *(path for path in (ROOT / ".ci").glob("*") if path.is_file())]
     found = [(path.name, pattern) for path in paths for pattern in PATTERNS
              if re.search(pattern, path.read_text(encoding="utf-8"))]
-    assert found == [] and len(paths) > 9
+    assert found == [] and len(paths) > 11
     assert all(any(re.search(pattern, line) for pattern in PATTERNS) for line in (
         "pickle.load(f)", "x = eval(y)", "torch.load(f, weights_only = False)", "get(u, verify=False)",
         "z.extractall(p)"))

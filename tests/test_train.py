@@ -457,7 +457,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(text, capsys, monkeyp
     poisoned.calls = 0
     monkeypatch.setattr(train, "next_token_loss", poisoned)
     check_error(capsys, ["--data", text, *TINY, "--max_steps", "9", "--save_every", "1"], 1, "step 3", "nan",
-                "--learning_rate")
+                "--learning_rate", "this batch, examples ")
     state = train.read_state("out/pretrain/state.pt")
     assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
 
