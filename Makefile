@@ -13,7 +13,7 @@ VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # A stage that was interrupted goes on; one that is older than what it starts from is moved aside and made anew.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
-all: $(OUT)/report.html ## every stage on the built-in data, offline: about 11 min
+all: $(OUT)/report.html ## every stage on the built-in data, offline: about 16 min
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +42,7 @@ classify: $(OUT)/cls/summary.json ## tell spam from the rest: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 $(AGAIN) $(ARGS)
 
-sft: $(OUT)/sft/summary.json ## answer instructions: 4 min
+sft: $(OUT)/sft/summary.json ## answer instructions: 8 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
@@ -50,7 +50,7 @@ lora: $(OUT)/lora/summary.json ## classify once more, all weights against adapte
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) lora.py compare --out_dir $(OUT)/lora $(AGAIN) --flags="--init $(OUT)/pretrain/model.safetensors --epochs 2 $(ARGS)"
 
-rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 3 min
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 4 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 
