@@ -127,10 +127,10 @@ $(REAL)/ppo/evaluation.json: $(REAL)/ppo/summary.json $(REAL)/dpo/summary.json
 $(REAL)/report.html: $(REAL)/pretrain/summary.json $(REAL)/cls/summary.json $(REAL)/lora/summary.json $(REAL)/sft/scores$(if $(JUDGE),.judged).txt $(REAL)/ppo/evaluation.json
 	$(PYTHON) train.py report --out_dir $(REAL)
 
-test: $(VENV) ## the quick tests, offline: 2 min
+test: $(VENV) ## the quick tests, offline: 3 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
-test-all: $(VENV) ## all tests that need no GPU and no other library: 8 min
+test-all: $(VENV) ## all tests that need no GPU and no other library: 9 min
 	$(PYTHON) -m pytest -q -m "not peer and not gpu" $(ARGS)
 
 test-peers: $(VENV) ## install requirements-peers.txt and compare with those packages: 5 min

@@ -636,11 +636,11 @@ def ask_judge(judge, prompt, model="llama3", seed=123, context=8192, timeout=120
 
     `judge` is what --judge takes. Busy servers (408, 429, 5xx) are asked again after a pause. Raises OSError with one
     line where there is no server, or it refuses; the API key is in no message."""
-    address, ollama = judge_address(judge)
-    key, body = judge_key(address), {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": False}
     from requests import RequestException
     from requests.packages.urllib3.exceptions import HTTPError
 
+    address, ollama = judge_address(judge)
+    key, body = judge_key(address), {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": False}
     options = {"temperature": 0, "seed": seed}
     body |= {"options": {**options, "num_ctx": context, "num_predict": REPLY_TOKENS}} if ollama else {
         **options, "max_tokens": REPLY_TOKENS}

@@ -333,13 +333,14 @@ class RewardModel(nn.Module):
         return self.head_kind == "likelihood" and not self.gpt.config.tie_weights
 
     def forward(self, ids, mask=None, R=None):
-        start = 1 if R is None else ids.shape[1] - R
+        width = ids.shape[1]
         ids, left, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
         states, columns = self.gpt.hidden(ids), torch.arange(ids.shape[1], device=ids.device)
         last = states[torch.arange(len(ids), device=ids.device), lengths - 1]
         if self.head_kind != "likelihood":
             return self.score(last)
-        answer = (columns >= (start - left * (R is not None))[:, None]) & (columns < lengths[:, None])
+        first = torch.ones_like(left) if R is None else width - R - left
+        answer = (columns >= first[:, None]) & (columns < lengths[:, None])
         return self.score(last, summed_logprobs(self.gpt, states[:, :-1], ids[:, 1:], answer[:, 1:]))
 
     def score(self, states, logprobs=None):

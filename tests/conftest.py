@@ -1,6 +1,8 @@
 """What all tests share: markers, one thread, offline tiktoken files, and real data where it lies at hand."""
 
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +38,27 @@ def real_data():
         pytest.skip(f"{name} is neither in $DATA_DIR nor in {SHARED}")
 
     return find
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Return a function: step -> a context in which every run gets SIGTERM after the report of that step."""
+    import train
+
+    @contextlib.contextmanager
+    def stopping(step):
+        original = train.Run.report
+
+        def report(run, *figures):
+            original(run, *figures)
+            if run.step == step:
+                run.on_signal(signal.SIGTERM, None)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "report", report)
+            yield
+
+    return stopping
 
 
 @pytest.fixture

@@ -340,44 +340,29 @@ def test_accumulation_changes_nothing_but_rounding(rows):
 
 @pytest.mark.parametrize("flags", [["--lm_weight", 0.5, "--token_dropout", 0.3, "--optimizer", "muon"], ["--lora_rank", 2, "--lora_dropout", 0.1],
                                    ["--train_layers", "last-block"]])
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(rows, flags, monkeypatch):
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(rows, flags, stop_after):
     """Stopped by a signal after step 1, 9 (mid-epoch) and 15 (after an evaluation), with dropout."""
     flags = [*flags, "--drop_rate", 0.1, "--max_steps", 20, "--save_every", 4]
     fit(*flags)
     expected = last_weights()
     os.rename("out/cls", "out/whole")
-    original = train.Run.report
     for stop_at in (1, 9, 15):
-
-        def report(run, *figures):
-            original(run, *figures)
-            if run.step == stop_at:
-                run.on_signal(signal.SIGTERM, None)
-
-        monkeypatch.setattr(train.Run, "report", report)
-        fit(*flags, "--resume", status=128 + signal.SIGTERM)
-        monkeypatch.setattr(train.Run, "report", original)
+        with stop_after(stop_at):
+            fit(*flags, "--resume", status=128 + signal.SIGTERM)
         fit(*flags, "--resume")
         assert last_weights() == expected, stop_at
         os.rename("out/cls", f"out/stopped{stop_at}")
 
 
 @pytest.mark.parametrize("flags", [["--train_layers", "head"], ["--lora_rank", 2]])
-def test_a_run_with_frozen_weights_goes_on_over_the_same_ones_alone(rows, flags, capsys, monkeypatch):
+def test_a_run_with_frozen_weights_goes_on_over_the_same_ones_alone(rows, flags, capsys, stop_after):
     """Stopped after step 4: with another base of the same shapes it is refused and untouched, with the same resumed."""
     fit("--max_steps", 2)
     os.rename("out/cls", "out/base")
     base = [option for pair in (("--init", "out/base/model.safetensors"), *[flags]) for option in pair]
-    original = train.Run.report
-
-    def report(run, *figures):
-        original(run, *figures)
-        if run.step == 4:
-            run.on_signal(signal.SIGTERM, None)
-
-    monkeypatch.setattr(train.Run, "report", report)
     command = ["train", "--data", "rows.tsv", "--max_steps", "8", *map(str, base)]
-    assert cls.main(command) == 128 + signal.SIGTERM
+    with stop_after(4):
+        assert cls.main(command) == 128 + signal.SIGTERM
     kept, state = open("out/base/model.safetensors", "rb").read(), open("out/cls/state.pt", "rb").read()
     model, tokenizer, made = gpt.load_checkpoint("out/base/model.safetensors")
     with torch.no_grad():

@@ -351,36 +351,28 @@ def digest(folder="out/sft"):
     return found.hexdigest(), [gpt.read_safetensors(path)[1]["data_sha256"] for path in files]
 
 
-def stopped_and_resumed(flags, stop_at, monkeypatch):
+def stopped_and_resumed(flags, stop_at, stop_after):
     """Run until after step `stop_at`, be stopped by SIGTERM, resume to the end."""
-    original = train.Run.report
-
-    def report(run, *figures):
-        original(run, *figures)
-        if run.step == stop_at:
-            run.on_signal(signal.SIGTERM, None)
-
-    monkeypatch.setattr(train.Run, "report", report)
-    tune(*flags, "--resume", status=128 + signal.SIGTERM)
-    monkeypatch.setattr(train.Run, "report", original)
+    with stop_after(stop_at):
+        tune(*flags, "--resume", status=128 + signal.SIGTERM)
     return tune(*flags, "--resume")
 
 
 @pytest.mark.parametrize("extra, stops", [([], (1, 7, 10, 13)), (["--lora_rank", 4], (1, 10)),
                                           (["--pack", "--optimizer", "adamw", "--accumulate", 3], (9,))])
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(work, monkeypatch, extra, stops):
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(work, stop_after, extra, stops):
     """Stopped after step 1, 7 (epoch end), 10 (after an evaluation) and 13, then resumed, with dropout."""
     flags = ["--max_steps", 14, "--epochs", 9, "--eval_every", 5, "--save_every", 4, "--drop_rate", 0.1, *extra]
     summary = tune(*flags)
     expected = digest()
     os.rename("out/sft", "out/whole")
     for stop_at in stops:
-        again = stopped_and_resumed(flags, stop_at, monkeypatch)
+        again = stopped_and_resumed(flags, stop_at, stop_after)
         assert digest() == expected and again["token_f1"] == summary["token_f1"], stop_at
         os.rename("out/sft", f"out/stopped{stop_at}")
 
 
-def test_a_resume_at_another_place_in_the_data_is_seen(work, monkeypatch):
+def test_a_resume_at_another_place_in_the_data_is_seen(work, monkeypatch, stop_after):
     """The control of the test above: where the order of examples differs after the stop, the bits do too."""
     flags = ["--max_steps", 14, "--epochs", 9, "--save_every", 4]
     tune(*flags)
@@ -389,7 +381,7 @@ def test_a_resume_at_another_place_in_the_data_is_seen(work, monkeypatch):
     original = sft.batch_order
     monkeypatch.setattr(sft, "batch_order", lambda items, config, epoch: original(items, config, epoch).flip(0)
                         if Path("out/sft/state.pt").exists() else original(items, config, epoch))
-    stopped_and_resumed(flags, 6, monkeypatch)
+    stopped_and_resumed(flags, 6, stop_after)
     assert digest() != expected
 
 

@@ -203,24 +203,16 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(text):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(text, optimizer, monkeypatch):
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(text, optimizer, stop_after):
     """Stopped by a signal after step 1, 7 (mid-epoch), 10 (after an evaluation) and 23, then resumed, with dropout."""
     flags = ["--max_steps", 24, "--eval_every", 10, "--save_every", 3, "--drop_rate", 0.1, "--optimizer", optimizer,
              "--accumulate", 2]
     pretrain(*flags)
     expected = last_weights()
     os.rename("out/pretrain", "out/whole")
-    original = train.Run.report
     for stop_at in (1, 7, 10, 23):
-
-        def report(run, *figures):
-            original(run, *figures)
-            if run.step == stop_at:
-                run.on_signal(signal.SIGTERM, None)
-
-        monkeypatch.setattr(train.Run, "report", report)
-        pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
-        monkeypatch.setattr(train.Run, "report", original)
+        with stop_after(stop_at):
+            pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
         pretrain(*flags, "--resume")
         assert last_weights() == expected, stop_at
         steps = [json.loads(line)["step"] for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
@@ -228,22 +220,14 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(text, optimizer, monk
         os.rename("out/pretrain", f"out/stopped{stop_at}")
 
 
-def test_a_resume_that_lost_the_random_numbers_is_seen(text, monkeypatch):
+def test_a_resume_that_lost_the_random_numbers_is_seen(text, stop_after):
     """The control of the test above: without the saved RNG a run with dropout ends with other bits."""
     flags = ["--max_steps", 12, "--drop_rate", 0.1, "--save_every", 5]
     pretrain(*flags)
     expected = last_weights()
     os.rename("out/pretrain", "out/whole")
-    original = train.Run.report
-
-    def report(run, *figures):
-        original(run, *figures)
-        if run.step == 6:
-            run.on_signal(signal.SIGTERM, None)
-
-    monkeypatch.setattr(train.Run, "report", report)
-    pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
-    monkeypatch.setattr(train.Run, "report", original)
+    with stop_after(6):
+        pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
     state = torch.load("out/pretrain/state.pt", weights_only=True)
     state["rng"] = torch.Generator().manual_seed(99).get_state()
     torch.save(state, "out/pretrain/state.pt")
