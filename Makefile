@@ -46,9 +46,9 @@ sft: $(OUT)/sft/summary.json ## answer instructions: 8 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
-lora: $(OUT)/lora/summary.json ## classify once more, all weights against adapters: 1 min
-$(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
-	$(PYTHON) lora.py compare --out_dir $(OUT)/lora $(AGAIN) --flags="--init $(OUT)/pretrain/model.safetensors --epochs 2 $(ARGS)"
+lora: $(OUT)/lora/summary.json ## classify with adapters, against all weights: 1 min
+$(OUT)/lora/summary.json: $(OUT)/cls/summary.json
+	$(PYTHON) lora.py compare --full $(OUT)/cls --out_dir $(OUT)/lora $(AGAIN) --flags="--init $(OUT)/pretrain/model.safetensors --epochs 2 $(ARGS)"
 
 rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 4 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json

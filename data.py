@@ -332,7 +332,8 @@ def extract_member(archive, member, path, sha256):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading text
 
-PIECE = 1 << 12  # bytes read at a time: long texts stream through memory in pieces of about this size
+PIECE = 1 << 15  # bytes read at a time: long texts stream through memory in pieces of about this size
+MIXED = 1 << 12  # the same where several sources take turns
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders that `stdlib` leaves out
 # Where a text may be cut without changing its GPT-2 tokens: before a space or line end that a word follows, because
@@ -352,7 +353,7 @@ def locate(source, kind):
     return Path(source)
 
 
-def decoded(path, size=PIECE):
+def decoded(path, size):
     """Yield a UTF-8 file (unpacked if .gz) block by block as str with \\n line ends.
 
     Raises ValueError with the offset of a byte that is not UTF-8."""
@@ -388,12 +389,12 @@ def read_text(path):
     return text
 
 
-def pieces_of(path):
-    """Yield a text file in pieces of about 4,000 characters that encode to the same tokens as the whole.
+def pieces_of(path, size):
+    """Yield a text file in pieces of about `size` bytes that encode to the same tokens as the whole.
 
     That holds for GPT-2's split pattern and for tokenizers that split at spaces or characters."""
     held = ""
-    for text in decoded(path):
+    for text in decoded(path, size):
         start = max(len(held) - 1, 0)
         held += text  # in place in CPython, where `held + text` would copy a long line for every block
         cut = CUT.match(held, start)  # only the new part is searched, or a long line would cost quadratic time
@@ -413,8 +414,8 @@ def files_below(root, skipped=()):
     return sorted(found, key=Path.as_posix)
 
 
-def documents_of(source):
-    """Yield each document of one source (a dataset, file or folder) as an iterable of pieces."""
+def documents_of(source, size=PIECE):
+    """Yield each document of one source (a dataset, file or folder) as an iterable of pieces; of files, by `size`."""
     if source == "tinyworld":
         yield from ((text,) for text in tinyworld("corpus", "train"))
         return
@@ -430,7 +431,7 @@ def documents_of(source):
         if ".jsonl" in path.suffixes:
             yield from ((text_field(entry, "text", where),) for where, entry in records(path))
         else:
-            yield pieces_of(path)
+            yield pieces_of(path, size)
 
 
 def parse_mix(source):
@@ -452,7 +453,7 @@ def parse_mix(source):
 
 def mix(parts):
     """Yield pieces of several sources so that each has its share of the characters, until one of them runs out."""
-    streams = [(piece for document in documents_of(name) for piece in document) for name, _ in parts]
+    streams = [(piece for document in documents_of(name, MIXED) for piece in document) for name, _ in parts]
     given = [0] * len(parts)
     while True:
         turn = min(range(len(parts)), key=lambda i: given[i] / parts[i][1])  # who lags most behind its share
@@ -1895,13 +1896,13 @@ VIEWS = {  # how many of each by default: train, val, test
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the oftener
-    "story": 11, "add": 5, "fact": 4, "compare": 3, "count": 3, "passive": 2, "convert": 2, "case": 2, "spelling": 2,
+    "story": 20, "add": 5, "fact": 4, "compare": 3, "count": 3, "convert": 3, "past": 2, "case": 2, "spelling": 2,
 }
 
 
-def _items(view, split, rng):
+def _items(view, split, rng, kinds):
     """Endless (item, key) of a view but the corpus; items with equal keys are the same question or message."""
-    kinds = [kind for kind in TINYWORLD_KINDS for _ in range(SHARES.get(kind, 1) if split == "train" else 1)]
+    kinds = [kind for kind in kinds for _ in range(SHARES.get(kind, 1) if split == "train" else 1)]
     for turn in itertools.count():
         kind = kinds[turn % len(kinds)]
         if view == "messages":
@@ -1916,23 +1917,25 @@ def _items(view, split, rng):
             yield item, turn if split == "train" else item["prompt"]
 
 
-def tinyworld(view, split, n=None, seed=0):
+def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
     corpus: documents. messages: (label, text). instructions: dicts with instruction, input, output, answer (bare),
     kind, manner and unseen. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores),
     kind and unseen. The same arguments give the same list everywhere. Nothing of the splits "val" and "test" comes up
     in "train", under any seed. The kinds take turns: tinyworld("instructions", "test", 13) has one fresh question of
-    each. Raises ValueError for another view or split."""
+    each; `kinds` asks for some of the 13 alone. Raises ValueError for another view, split or kind."""
     if view not in VIEWS or split not in ("train", "val", "test"):
         raise ValueError(f"tinyworld has the views {', '.join(VIEWS)} and the splits train, val, test; "
                          f"it has no {view!r} with {split!r}")
+    if not kinds or not set(kinds) <= set(TINYWORLD_KINDS):
+        raise ValueError(f"kinds of question are {', '.join(TINYWORLD_KINDS)}, not {', '.join(kinds) or 'none'}")
     n = VIEWS[view][("train", "val", "test").index(split)] if n is None else n
     rng = random.Random(zlib.crc32(f"{view} {split} {seed}".encode()))
     if view == "corpus":
         return [_document(rng) for _ in range(n)]
     found = {}
-    for item, key in _items(view, split, rng):
+    for item, key in _items(view, split, rng, kinds):
         if len(found) == n:
             return list(found.values())
         found.setdefault(key, item)

@@ -57,14 +57,14 @@ from urllib.parse import urlsplit
 import gpt  # first, because it quiets torch's warning about numpy
 import torch
 import torch.nn.functional as F
-from data import (TEMPLATES, collate_instructions, epoch_order, exact_match, format_prompt, format_response,
-                  prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
+from data import (TEMPLATES, TINYWORLD_KINDS, collate_instructions, epoch_order, exact_match, format_prompt,
+                  format_response, prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
 from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_start, make_optimizers, option,
                    process, run_script, share, together, total_steps, train_each_seed, wait, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
-TINYWORLD = {"train": 145_000, "val": 520, "test": 2_000}  # examples by default: what eight minutes have time for
+TINYWORLD = {"train": 180_000, "val": 520, "test": 2_000}  # examples by default: what eight minutes have time for
 BEFORE = 520  # test questions for the model before tuning: it rarely ends an answer, so each costs the longest time
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +86,9 @@ class Config(Options):
     final_rate: float = option(0.0, "the last rate as a share of the peak", low=0, high=1)
     optimizer: str = option("auto", "muon takes AdamW for all but the blocks' matrices; auto = adamw from GPT-2's size "
                             "on and for adapters", choices=("auto", "adamw", "muon"))
-    eval_every: int = option(250, "steps between evaluations, 0 = only at the end", low=0)
-    examples: int = option(0, "training examples, 0 = all of a file, 145,000 of tinyworld, which never ends", low=0)
+    eval_every: int = option(500, "steps between evaluations, 0 = only at the end", low=0)
+    examples: int = option(0, "training examples, 0 = all of a file, 180,000 of tinyworld, which never ends", low=0)
+    kinds: str = option("", "kinds of built-in question to learn and be asked, as plural,past; empty = all 13")
     split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("auto", "words around a prompt; auto = the checkpoint's, else plain for tinyworld, alpaca "
                            "for other data", choices=("auto", *TEMPLATES))
@@ -154,7 +155,8 @@ def load_entries(config, *parts):
         if "all" in parts:
             raise argparse.ArgumentError(None, "--split all is for files; tinyworld has train, val and test")
         counts = {**TINYWORLD, "train": config.examples or TINYWORLD["train"]}
-        return [tinyworld("instructions", part, counts[part]) for part in parts]
+        kinds = config.kinds.replace(" ", "").split(",") if config.kinds else TINYWORLD_KINDS
+        return [tinyworld("instructions", part, counts[part], kinds=kinds) for part in parts]
     entries = read_instructions(config.data)
     empty = [number for number, entry in enumerate(entries) if not entry["output"].strip()]
     if empty:

@@ -80,6 +80,7 @@ class GPTConfig:
     drop_rate: float = 0.1  # dropout on embeddings, attention weights and residual branches
     qkv_bias: bool = False  # GPT-2 has it
     tie_weights: bool = False  # the head shares the token embedding's matrix; GPT-2 does
+    exact_gelu: bool = False  # the GELU by erf, on a CPU 3 times as fast, instead of the tanh form that GPT-2 has
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -97,7 +98,7 @@ def _gpt2(emb_dim, n_layers, n_heads):
 
 
 GPT_CONFIGS = {
-    "tiny": GPTConfig(1024, 128, 128, 4, 4, drop_rate=0.0, tie_weights=True),  # trains on a laptop in minutes
+    "tiny": GPTConfig(1024, 128, 128, 4, 4, drop_rate=0.0, tie_weights=True, exact_gelu=True),  # minutes on a laptop
     "gpt2": _gpt2(768, 12, 12),  # 124M, OpenAI's four sizes
     "gpt2-small": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),  # 355M
@@ -131,13 +132,20 @@ class LayerNorm(nn.Module):
 class GELU(nn.Module):
     """The GELU activation in the tanh form that GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2).
 
-    The exact form (PyTorch's default) differs by up to 5e-4: enough to change the logits of OpenAI's weights."""
+    The exact form, x times the normal distribution's integral up to x, is PyTorch's default. It differs by up to 5e-4:
+    enough to change the logits of OpenAI's weights, nothing to a model that is trained with it."""
+
+    def __init__(self, exact=False):
+        super().__init__()
+        self.exact = exact
 
     def forward(self, x):
-        return F.gelu(x, approximate="tanh")
+        return F.gelu(x, approximate="none" if self.exact else "tanh")
 
     def by_steps(self, x):
         """Return the same as `forward`, written out."""
+        if self.exact:
+            return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -147,7 +155,7 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.emb_dim, 4 * config.emb_dim)
-        self.gelu = GELU()
+        self.gelu = GELU(config.exact_gelu)
         self.fc2 = nn.Linear(4 * config.emb_dim, config.emb_dim)
 
     def forward(self, x):

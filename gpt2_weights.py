@@ -98,7 +98,7 @@ NAMES = (("trf_blocks.", "h."), ("attn.qkv", "attn.c_attn"), ("attn.out_proj", "
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored in x out, because GPT-2 multiplies x @ W
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that files of old transformers versions hold
 # What a config.json must say, first the value that its absence means; anything else would compute something else.
-FIXED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+FIXED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
          "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
          "add_cross_attention": (False,)}
 
@@ -163,7 +163,8 @@ def config_from_json(values):
     if found["vocab_size"] == PADDED_VOCABULARY:
         found["vocab_size"] = GPTConfig.vocab_size
     return GPTConfig(**found, qkv_bias=values.get("qkv_bias", True) is True,
-                     tie_weights=values.get("tie_word_embeddings", True) is True)
+                     tie_weights=values.get("tie_word_embeddings", True) is True,
+                     exact_gelu=values.get("activation_function") == "gelu")
 
 
 def config_from_shapes(tensors):
@@ -777,7 +778,8 @@ def hf_config(config, eot_id):
     """Return the content of config.json; "qkv_bias" is a word of ours, which others pass over."""
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
             "n_positions": config.context_length, "n_ctx": config.context_length, "n_embd": config.emb_dim,
-            "n_layer": config.n_layers, "n_head": config.n_heads, "n_inner": None, "activation_function": "gelu_new",
+            "n_layer": config.n_layers, "n_head": config.n_heads, "n_inner": None,
+            "activation_function": "gelu" if config.exact_gelu else "gelu_new",
             "resid_pdrop": config.drop_rate, "embd_pdrop": config.drop_rate, "attn_pdrop": config.drop_rate,
             "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "scale_attn_weights": True, "use_cache": True,
             "bos_token_id": eot_id, "eos_token_id": eot_id, "tie_word_embeddings": config.tie_weights,

@@ -665,23 +665,29 @@ def load_adapted(checkpoint, adapter):
 
 
 def fine_tune(task, out_dir, flags):
-    """Return (exit status, row of the table) of one fine-tuning run, in a process of its own."""
+    """Return the exit status of one fine-tuning run, in a process of its own."""
     script, score = TASKS[task]
     path = Path(__file__).with_name(script)
     if not path.is_file():
         raise FileNotFoundError(f"compare runs {script}, which is not beside {Path(__file__).name}")
     command = [sys.executable, str(path), "--out_dir", str(out_dir), *flags]
-    status = subprocess.run(command, stdout=2).returncode  # its report goes to stderr: stdout is for the table
-    if status:
-        return status, {}
-    summary = json.loads((out_dir / "summary.json").read_bytes())
+    return subprocess.run(command, stdout=2).returncode  # its report goes to stderr: stdout is for the table
+
+
+def row_of(task, out_dir):
+    """Return the row of the table of the finished run in a folder; raises ValueError where there is none."""
+    script, score = TASKS[task]
+    try:
+        summary = json.loads((out_dir / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{out_dir} holds no finished run of {script}; make one, or leave out --full") from error
     row = {key: summary.get(key) for key in ("trainable_parameters", "optimizer_bytes", "peak_memory_bytes",
                                              "step_seconds", "seconds")}
     adapter = out_dir / "adapter" / "adapter_model.safetensors"
     file = adapter if adapter.is_file() else out_dir / "model.safetensors"
     row["file_bytes"] = file.stat().st_size if file.is_file() else None
     row["score"] = summary.get(score + "_mean", summary.get(score))  # the mean where several seeds were run
-    return 0, row
+    return row
 
 
 def print_table(rows, score_name):
@@ -698,20 +704,22 @@ def print_table(rows, score_name):
 def compare_command(args):
     """Fine-tune fully and with adapters, and print what each costs and how well it does.
 
-    Runs finetune_cls.py (or, with --task sft, finetune_sft.py) into OUT_DIR/full and OUT_DIR/rank8."""
+    Runs finetune_cls.py (or, with --task sft, finetune_sft.py) into OUT_DIR/full and OUT_DIR/rank8. The run with all
+    weights may be there already (--full); made with the same --flags, or the comparison is none."""
     if min(args.lora_rank) < 1:
         raise argparse.ArgumentError(None, "--lora_rank must be at least 1")
     started, score = time.perf_counter(), TASKS[args.task][1]
     both = shlex.split(args.flags) + ["--resume"] * args.resume + ["--fresh"] * args.fresh
-    runs = {"full": []}
+    runs, rows, out_dir = {} if args.full else {"full": []}, {}, Path(args.out_dir)
+    if args.full:
+        rows["full"] = row_of(args.task, Path(args.full))
     for rank in args.lora_rank:
         runs[f"rank{rank}"] = ["--lora_rank", str(rank), *shlex.split(args.lora_flags)]
-    rows, out_dir = {}, Path(args.out_dir)
     for name, flags in runs.items():
         print(f"--- {args.task}, {name}", file=sys.stderr)
-        status, rows[name] = fine_tune(args.task, out_dir / name, both + flags)
-        if status:
+        if status := fine_tune(args.task, out_dir / name, both + flags):
             return status
+        rows[name] = row_of(args.task, out_dir / name)
     print_table(rows, score)
     full, gaps = rows["full"]["score"], {}
     for name, row in rows.items():
@@ -784,6 +792,8 @@ def main(argv=None):
             "--lora_rank": dict(type=int, nargs="+", default=[8], help="one run for each rank (default 8)"),
             "--flags": dict(default="", help='flags for all runs, as one word: --flags="--max_steps 50 --seed 1"'),
             "--lora_flags": dict(default="", help="flags for the runs with adapters alone"),
+            "--full": dict(default="", help="folder of a finished run with all weights and the same flags, which is "
+                           "then not made again"),
             "--out_dir": dict(default="out/lora", help="where the runs and summary.json go"),
             "--resume": dict(action="store_true", help="continue or reuse the runs that are there"),
             "--fresh": dict(action="store_true", help="move runs that are there aside")}),

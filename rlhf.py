@@ -18,10 +18,11 @@ numbered steps of every training script here.
 
 Reads --data: the built-in `tinyworld`, a name that `data.py list` shows, or a file in any form of
 data.read_preferences; files are divided by prompt into 85% training, 5% validation and 10% test. Reads --init, the
-model that instruction tuning made. Writes into --out_dir: model.safetensors (a reward model's scores have mean 0 and
-standard deviation 1 on the start's own responses), adapter/ with --lora_rank, state.pt, metrics.jsonl, curves.svg,
-samples.txt, summary.json; `evaluate` writes evaluation.json beside the first model; `rate` appends to --ratings, which
-`reward` and `dpo` take as --data or --extra.
+model that instruction tuning made; `reward` and `dpo --loss sft` may begin from `scratch`, with fresh weights and a
+tokenizer of the training pairs. Writes into --out_dir: model.safetensors (a reward model's scores have mean 0 and
+standard deviation 1 on the start's own responses, with scratch or --blind on the validation answers), adapter/ with
+--lora_rank, state.pt, metrics.jsonl, curves.svg, samples.txt, summary.json; `evaluate` writes evaluation.json beside
+the first model; `rate` appends to --ratings, which `reward` and `dpo` take as --data or --extra.
 
 Logged at each step of PPO and GRPO: objective/scores (mean reward of the batch), objective/kl (k1, nats a response, of
 the sampled tokens), objective/kl_exact (over whole distributions, never negative), objective/entropy (nats a response),
@@ -65,10 +66,11 @@ from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, fo
                   preference, prompt_of, read_preferences, rubric_parts, seeded, split, tinyworld)
 from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses, wilson)
 from gpt import generate, pick_device
-from train import (Options, Run, autocast, compile_blocks, draw_curves, load_start, make_optimizers, option, run_script,
-                   total_steps, train_each_seed, write_json)
+from train import (Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
+                   new_model, option, run_script, total_steps, train_each_seed, write_json)
 
 Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
+HEADS = ("linear", "mlp", "likelihood", "mean")
 STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
     "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), optimizer="muon", eval_every=125),
     "ppo": dict(epochs=0, max_steps=80, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=20),
@@ -90,14 +92,15 @@ class Config(Options):
     data: str = option("tinyworld", "pairs: tinyworld, preferences, hh_rlhf, or a .json, .jsonl or .gz file")
     examples: int = option(0, "use the first so many training pairs, 0 = all", low=0)
     extra: str = option("", "a file of further pairs to train on, those that `rate` wrote for instance")
-    init: str = option("out/sft/model.safetensors", "the policy to start from: a checkpoint file, or gpt2 ... gpt2-xl")
+    init: str = option("out/sft/model.safetensors", "the policy to start from: a checkpoint file, gpt2 ... gpt2-xl, or "
+                       "scratch (reward; dpo --loss sft)")
     out_dir: str = option("", "the run's folder, default out/ and the command's name")
     epochs: int = own("epochs", "times through the pairs or prompts, 0 = no limit; this or max_steps, whichever "
                       "ends first")
     max_steps: int = own("max_steps", "steps of one batch each, 0 = no limit")
     batch_size: int = own("batch_size", "pairs, or sampled responses, a step")
     accumulate: int = option(4, "pieces of similar length that a batch is computed in; saves memory and padding, "
-                             "changes no result", low=1)
+                             "changes no result but that of --cross", low=1)
     learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by command and size of the model", low=-1)
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed", low=0)
     warmup_steps: int = option(10, "steps from 0 up to the peak rate", low=0)
@@ -115,15 +118,26 @@ class Config(Options):
     lora_targets: str = option("all-linear", "layers with adapters, by the ends of their names: qkv,out_proj,fc1,fc2")
     seeds: int = option(1, "runs, with the seeds from --seed on; the summary has their mean and spread", low=1)
     shuffle_labels: bool = option(False, "prefer by coin instead: a control that must gain nothing")
+    model: str = option("tiny", "with --init scratch: architecture", choices=tuple(gpt.GPT_CONFIGS))
+    emb_dim: int = option(0, "with --init scratch: channels, 0 = the architecture's", low=0)
+    n_layers: int = option(0, "with --init scratch: blocks, 0 = the architecture's", low=0)
+    n_heads: int = option(0, "with --init scratch: heads, 0 = the architecture's", low=0)
+    vocab_size: int = option(2000, "with --init scratch: of the bpe tokenizer of the training pairs", low=258)
     head: str = option("likelihood", "reward: its head; mlp = two layers, likelihood = linear, and it also reads the "
-                       "response's log-probability", choices=("linear", "mlp", "likelihood"))
+                       "response's log-probability, mean = linear on the mean of the response's states",
+                       choices=HEADS)
+    blind: bool = option(False, "reward: reads answers without their prompts, where the manner alone counts")
+    cross: float = option(0.0, "reward: share of the loss that compares each answer with those to the other prompts of "
+                               "its piece of the batch, for manners that do not depend on the prompt", low=0, high=1)
+    lm_weight: float = option(0.0, "reward: weight of the loss of writing both answers, in nats a token", low=0)
+    token_dropout: float = option(0.0, "reward: share of the tokens hidden from the model in training", low=0, high=0.9)
     beta: float = option(0.1, "dpo: strength of the tie to the start", low=0)
     label_smoothing: float = option(0.0, "dpo: share of preferences believed to be wrong", low=0, high=0.5)
     loss: str = option("dpo", "dpo: sft only learns to write the chosen answers", choices=("dpo", "sft"))
     reward: str = option("out/reward/model.safetensors", "what ppo, grpo and evaluate score with: a reward model's "
                          "file, gold (tinyworld's own rubric), or module:function in Python")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
-    temperature: float = option(1.0, "of sampling, and so of all log-probabilities", low=1e-3)
+    temperature: float = option(0.7, "of sampling, and so of all log-probabilities", low=1e-3)
     kl_coef: float = option(0.2, "reward that a nat of KL to the start costs", low=0)
     kl_target: float = option(0.0, "nats a response that kl_coef is adapted towards, 0 = it stays", low=0)
     kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
@@ -301,10 +315,11 @@ def group_advantages(scores, group):
 class RewardModel(nn.Module):
     """A GPT whose last layer's state at the last real token becomes one number: ids, mask (B, T) -> scores (B,).
 
-    `head` is "linear", "mlp" for two layers, or "likelihood": linear, and beside the state it reads the summed
-    log-probability of the response, the last R tokens of ids (all but the first where R is not given). A small model
-    finds out what an answer should have been in its last layers, which leaves none to compare that with what the answer
-    is; the log-probability is that comparison, and its gradient teaches the trunk as DPO's does. A score is
+    `head` is "linear", "mlp" for two layers, "mean" for a linear one on the mean of the states of the response (the
+    last R tokens of ids, all but the first where R is not given), or "likelihood": linear, and beside the state it
+    reads the response's summed log-probability. A small model finds out what an answer should have been in its last
+    layers, which leaves none to compare that with what the answer is; the log-probability is that comparison, and its
+    gradient teaches the trunk as DPO's does. The mean suits few pairs in which single words tell. A score is
     gain * head + bias; `normalise` sets the two, so that the starting policy's responses have mean 0 and standard
     deviation 1. The head starts as N(0, 1/sqrt(C + 1)), which gives scores a spread of about 1. Source: Stiennon et al.
     2020, appendix B.1 (with the square root it omits)."""
@@ -337,10 +352,12 @@ class RewardModel(nn.Module):
         ids, left, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
         states, columns = self.gpt.hidden(ids), torch.arange(ids.shape[1], device=ids.device)
         last = states[torch.arange(len(ids), device=ids.device), lengths - 1]
-        if self.head_kind != "likelihood":
+        if self.head_kind in ("linear", "mlp"):
             return self.score(last)
         first = torch.ones_like(left) if R is None else width - R - left
         answer = (columns >= first[:, None]) & (columns < lengths[:, None])
+        if self.head_kind == "mean":
+            return self.score(mean_states(states, answer[:, None])[:, 0])
         return self.score(last, summed_logprobs(self.gpt, states[:, :-1], ids[:, 1:], answer[:, 1:]))
 
     def score(self, states, logprobs=None):
@@ -393,6 +410,12 @@ def without_left_padding(ids, mask):
     left, lengths = mask.argmax(dim=1), mask.sum(dim=1)
     columns = torch.arange(int(lengths.max()), device=ids.device) + left[:, None]
     return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), left, lengths
+
+
+def mean_states(states, inside):
+    """Return the means (B, n, C) of the states (B, T, C) of n stretches of each row: inside (B, n, T) is boolean."""
+    inside = inside.to(states.dtype)
+    return inside @ states / inside.sum(2, keepdim=True)
 
 
 def summed_logprobs(model, states, ids, mask):
@@ -725,11 +748,12 @@ def load_reward_model(path, device="cpu"):
     return model.to(device).eval(), from_dict(json.loads(metadata["tokenizer"])), made
 
 
-def model_reward(model, tokenizer, template):
-    """Return the reward function (prompts, responses) -> list of floats of a reward model."""
+def model_reward(model, tokenizer, template, blind=False):
+    """Return the reward function (prompts, responses) -> list of floats of a reward model; `blind` to the prompts."""
     @torch.no_grad()
     def reward(prompts, responses):
-        asked = [tokenizer.encode(format_prompt({"prompt": prompt}, template)) for prompt in prompts]
+        seen = ["" if blind else prompt for prompt in prompts]
+        asked = [tokenizer.encode(format_prompt({"prompt": prompt}, template)) for prompt in seen]
         given = [encode_response(response, tokenizer, template) for response in responses]
         room, scores = model.gpt.config.context_length, torch.zeros(len(asked))
         for some in pieces(torch.tensor([len(p) + len(r) for p, r in zip(asked, given)]), math.ceil(len(asked) / 32)):
@@ -754,7 +778,7 @@ def load_reward(name, device):
     module, _, function = name.rpartition(":")
     if not module or name.endswith(".safetensors"):
         model, tokenizer, made = load_reward_model(name, device)
-        return model_reward(model, tokenizer, made["template"])
+        return model_reward(model, tokenizer, made["template"], made.get("blind", False))
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
@@ -787,7 +811,12 @@ def open_setting(config, stage):
     config.command_line = given
     device = pick_device(config.device)
     context = autocast(config, device)
-    model, tokenizer, made = load_start(config, "python finetune_sft.py")
+    if config.init == "scratch":
+        parts = load_pairs(config)
+        model, tokenizer, made = new_start(config, stage, parts[0])
+    else:
+        check_sizes(config, "vocab_size")
+        parts, (model, tokenizer, made) = None, load_start(config, "python finetune_sft.py")
     if made["kind"] != "gpt" or tokenizer.eot_id is None:
         raise ValueError(f"--init {config.init} is no language model with an end-of-text token")
     large = sum(p.numel() for p in model.parameters()) > 50e6
@@ -799,7 +828,20 @@ def open_setting(config, stage):
     torch.manual_seed(config.seed)
     if config.lora_rank:
         add_adapters(model, config)
-    return Setting(config, context, model.to(device), tokenizer, template, load_pairs(config))
+    return Setting(config, context, model.to(device), tokenizer, template, parts or load_pairs(config))
+
+
+def new_start(config, stage, pairs):
+    """Return (model, tokenizer, made) for --init scratch: fresh weights, and byte pairs of the training pairs."""
+    if stage in ("ppo", "grpo") or stage == "dpo" and config.loss == "dpo":
+        raise argparse.ArgumentError(None, f"--init scratch: {stage} improves a policy that writes already; make one "
+                                           "with: python rlhf.py dpo --loss sft --init scratch")
+    from tokenizer import BPETokenizer
+
+    texts = [pair[key] for pair in pairs for key in Pair._fields]
+    tokenizer = BPETokenizer.train(texts, config.vocab_size, split_digits=True)
+    torch.manual_seed(config.seed)
+    return new_model(config, tokenizer), tokenizer, {"kind": "gpt"}
 
 
 def fingerprint(*parts):
@@ -847,13 +889,21 @@ def pair_states(model, rows, pad_id):
 
 def pair_scores(model, rows, pad_id):
     """Return a reward model's scores ((B,), (B,)) of the chosen and the rejected answers of B Pairs."""
-    states, starts = pair_states(model.gpt, rows, pad_id)
-    last = [(Q - 1, Q + len(row.rejected) - 1) for row, (_, Q) in zip(rows, starts)]
-    last = torch.tensor(last, device=states.device)[:, :, None].expand(-1, -1, states.shape[2])
+    return state_scores(model, *pair_states(model.gpt, rows, pad_id), rows, pad_id)
+
+
+def state_scores(model, states, starts, rows, pad_id):
+    """Return the scores ((B,), (B,)) of both answers of B Pairs, of which `pair_states` made states and starts."""
+    ends = torch.tensor([(Q, Q + len(row.rejected)) for row, (_, Q) in zip(rows, starts)], device=states.device)
+    if model.head_kind == "mean":
+        columns = torch.arange(states.shape[1], device=states.device)
+        inside = (columns >= torch.tensor(starts, device=states.device)[:, :, None]) & (columns < ends[:, :, None])
+        return model.score(mean_states(states, inside)).float().unbind(1)
+    last = states.gather(1, (ends - 1)[:, :, None].expand(-1, -1, states.shape[2]))
     if model.head_kind != "likelihood":
-        return model.score(states.gather(1, last)).float().unbind(1)
+        return model.score(last).float().unbind(1)
     logprobs = torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id), dim=1)
-    return model.score(states.gather(1, last), logprobs).float().unbind(1)
+    return model.score(last, logprobs).float().unbind(1)
 
 
 def answer_logprobs(model, states, starts, rows, pad_id):
@@ -866,6 +916,35 @@ def answer_logprobs(model, states, starts, rows, pad_id):
         before = before.clamp(max=states.shape[1] - 1).to(states.device)[:, :, None].expand(-1, -1, states.shape[2])
         summed.append(summed_logprobs(model, states.gather(1, before), ids, mask))
     return summed
+
+
+def hide(rows, share, hidden_id):
+    """Return the Pairs with each token replaced by `hidden_id` with probability `share`.
+
+    A rude answer is rude without some of its words too, so none may be learnt by heart (Iyyer et al. 2015, word
+    dropout)."""
+    def some(ids):
+        return [hidden_id if drop else i for i, drop in zip(ids, (torch.rand(len(ids)) < share).tolist())]
+
+    return [Pair(*map(some, row)) for row in rows] if share else rows
+
+
+def pair_objective(model, rows, pad_id, config):
+    """Return a reward model's loss () on B Pairs in training: Bradley-Terry's, and what --token_dropout, --cross and
+    --lm_weight make of it.
+
+    With --cross each chosen answer is to beat the rejected ones of all B pairs: B^2 comparisons instead of B. With
+    --lm_weight both answers are also to be predicted, the hidden tokens too, as in Radford et al. 2018, equation 5."""
+    states, starts = pair_states(model.gpt, hide(rows, config.token_dropout, pad_id), pad_id)
+    chosen, rejected = state_scores(model, states, starts, rows, pad_id)
+    loss = reward_loss(chosen, rejected)
+    if config.cross:
+        loss = (1 - config.cross) * loss + config.cross * reward_loss(chosen[:, None], rejected)
+    if config.lm_weight:
+        logprobs = torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id))
+        lengths = torch.tensor([[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]])
+        loss = loss - config.lm_weight * (logprobs / lengths.to(logprobs.device)).mean()
+    return loss
 
 
 def in_pieces(rows, count):
@@ -888,10 +967,14 @@ def train_reward(config):
     """Train a reward model on --data as `config` says and return the summary."""
     config, context, model, tokenizer, template, parts = open_setting(config, "reward")
     report_pairs(parts)
-    asked = [[{key: pair[key] for key in Pair._fields} for pair in part] for part in parts]  # as a reward sees them
+    unseen = {"prompt": ""} if config.blind else {}
+    asked = [[{key: pair[key] for key in Pair._fields} | unseen for pair in part] for part in parts]  # by a reward
     train_rows, val_rows, test_rows = (encode_pairs(part, tokenizer, template, model.config.context_length)
                                        for part in asked)
-    samples = start_samples(model, parts[1], tokenizer, template, config)
+    if config.blind or config.init == "scratch":  # normalised on the validation answers: scratch writes none yet
+        samples = answers_of(val_rows, tokenizer.eot_id, model.device)
+    else:
+        samples = start_samples(model, parts[1], tokenizer, template, config)
     model = RewardModel(model, config.head).to(model.device).train()
     run = Run(config, "reward")
     if summary := run.finished():
@@ -906,8 +989,8 @@ def train_reward(config):
             batch_loss, tokens = 0.0, 0
             for rows, share in in_pieces([train_rows[i] for i in batch], config.accumulate):
                 with context:
-                    chosen, rejected = pair_scores(model, rows, tokenizer.eot_id)
-                loss = reward_loss(chosen, rejected) * share  # 4. loss
+                    loss = pair_objective(model, rows, tokenizer.eot_id, config)
+                loss = loss * share  # 4. loss
                 loss.backward()  # 5. backward
                 batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
@@ -927,6 +1010,12 @@ def start_samples(model, pairs, tokenizer, template, config):
     return [(*some, response_mask.shape[1]) for some in zip(ids.split(32), mask.split(32))]
 
 
+def answers_of(rows, pad_id, device):
+    """Return [(ids, mask, R)] of both answers of Pairs, in the form of `start_samples`."""
+    answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
+    return [pack(*zip(*answers[i : i + 32]), pad_id, device) for i in range(0, len(answers), 32)]
+
+
 @torch.no_grad()
 def evaluate_reward(run, model, rows, samples, tokenizer, template):
     """Evaluate on the validation pairs, keep the model, normalised, if it is the best so far, log and draw it all."""
@@ -939,7 +1028,7 @@ def evaluate_reward(run, model, rows, samples, tokenizer, template):
         with merged(run, model):
             model.normalise(torch.cat([model(*some).float() for some in samples]))
             save_reward_model(run.folder / "model.safetensors", model, tokenizer, stage="reward", step=run.step,
-                              template=template, val_loss=loss, data_sha256=run.data_sha256)
+                              template=template, blind=run.config.blind, val_loss=loss, data_sha256=run.data_sha256)
         model.normalise(None)  # the loss is about differences as they are
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {accuracy:.1%}"
           + ("  best" if better else ""), file=sys.stderr)
@@ -1179,7 +1268,8 @@ def train_dpo(config):
     """Train a policy on pairs directly, without reward model or sampling, and return the summary."""
     config, context, model, tokenizer, template, parts = open_setting(config, "dpo")
     report_pairs(parts)
-    train_rows, val_rows = (encode_pairs(part, tokenizer, template, model.config.context_length) for part in parts[:2])
+    train_rows, val_rows, test_rows = (encode_pairs(part, tokenizer, template, model.config.context_length)
+                                       for part in parts)
     test_prompts, reward = make_prompts(parts[2], tokenizer, template, config, model), reward_if_any(config, model)
     start = start_of(model)
     model.eval()  # dropout off, so that the loss starts at ln 2
@@ -1205,7 +1295,7 @@ def train_dpo(config):
             if run.due(config.eval_every):  # 8. evaluate, sample, save
                 evaluate_pairs(run, model, start, val_rows, tokenizer, template)
             run.end_step()
-    return finish_policy(run, start, test_prompts, reward, tokenizer)
+    return finish_policy(run, start, test_prompts, reward, tokenizer, test_rows)
 
 
 @torch.no_grad()
@@ -1292,8 +1382,22 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
                 {name: run.metrics(key) for name, key in keys.items()}, y_label="score; nats a response")
 
 
-def finish_policy(run, start, prompts, reward, tokenizer):
-    """Return the summary of a policy: its best weights beside its start, on test prompts."""
+@torch.no_grad()
+def implied_margins(model, start, rows, pad_id):
+    """Return the margins (N,), chosen minus rejected, of DPO's implicit reward log(policy / start) of Pairs."""
+    margins = torch.empty(len(rows))
+    for some in pieces(torch.tensor([row.length for row in rows]), math.ceil(len(rows) / 32)):
+        batch = [rows[i] for i in some.tolist()]
+        with start() as reference:
+            before = torch.stack(pair_logprobs(reference, batch, pad_id))
+        chosen, rejected = torch.stack(pair_logprobs(model, batch, pad_id)) - before
+        margins[some] = (chosen - rejected).cpu()
+    return margins
+
+
+def finish_policy(run, start, prompts, reward, tokenizer, rows=()):
+    """Return the summary of a policy: its best weights beside its start, on test prompts, and on Pairs of them whether
+    it prefers the chosen answers more than its start did."""
     prompts = prompts[: run.config.test_prompts or None]
     model = gpt.load_checkpoint(run.folder / "model.safetensors", next(run.model.parameters()).device)[0]
     with start() as reference:
@@ -1303,11 +1407,18 @@ def finish_policy(run, start, prompts, reward, tokenizer):
     figures = {f"{name}_{when}": mean(found, key)
                for name, key in (("gold", "gold"), ("reward", "reward"), ("exact_match", "exact"), ("length", "length"))
                for when, found in (("before", before), ("after", after))}
+    if rows:
+        hits = correct(implied_margins(model, start, rows, tokenizer.eot_id))
+        figures |= {"pair_accuracy": hits.mean().item(), "pair_accuracy_interval": wilson(hits.sum().item(), len(hits))}
     episodes = run.kept.get("episodes", 0)
     summary = run.finish(**figures, gold_std_before=None if before["gold"] is None else before["gold"].std().item(),
                          kl=mean(after, "kl"), test_prompts=len(prompts), episodes=episodes,
                          episodes_per_second=episodes / max(run.train_seconds, 1e-9))
     print_table({"start": before, run.stage: after}, before)
+    if rows:
+        low, high = figures["pair_accuracy_interval"]
+        print(f"prefers the chosen answer more than the start did in {figures['pair_accuracy']:.1%} ({low:.1%} to "
+              f"{high:.1%}) of {len(rows):,} held-out pairs")
     print(f"{summary['seconds']:.0f} s; {run.folder}/model.safetensors")
     return summary
 

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SMALL = dict(vocab_size=65, context_length=64, emb_dim=128, n_heads=4, n_layers=4)
+SMALL = dict(vocab_size=65, context_length=64, emb_dim=128, n_heads=4, n_layers=4, exact_gelu=True)  # as nanoGPT
 GPT2 = dict(vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12)
 MIDDLE = dict(vocab_size=8192, context_length=320, emb_dim=192, n_heads=6, n_layers=4)
 TOY = dict(vocab_size=64, context_length=64, emb_dim=64, n_heads=2, n_layers=2)

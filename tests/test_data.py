@@ -358,21 +358,19 @@ def test_real_files_have_the_listed_sums(real_data, monkeypatch, name):
 # Text
 
 
-def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2_tokenizer, tmp_path, monkeypatch):
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2_tokenizer, tmp_path):
     """Cut anywhere the code allows, the tokens are GPT-2's for the uncut text."""
     rng = random.Random(0)
     words = ["it", "'s", " ", "  ", "\n", "\n\n", "\t", "don't", "12", "...", "é", "日本", "🙂", "_", "\u00a0", " \n ", "x"]
     text = "".join(rng.choice(words) for _ in range(4000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(data, "PIECE", 37)
-    monkeypatch.setattr(data.decoded, "__defaults__", (37,))
-    pieces = [piece for _, piece in data.pieces("a.txt")]
+    pieces = list(data.pieces_of(tmp_path / "a.txt", 37))
     assert len(pieces) > 100 and "".join(pieces) == text
     joined = [i for piece in pieces for i in gpt2_tokenizer.encode(piece)]
     assert joined == gpt2_tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 4093, 4094, 4095, 4096, 9000])
+@pytest.mark.parametrize("prefix", [0, 1, *(data.PIECE - n for n in range(4)), data.PIECE * 2 + 9])
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x97", b"\xc3(", b"\0", b"\xf0\x9f\x99"])
 def test_the_offset_of_a_bad_byte_is_named(tmp_path, prefix, bad):
     """Where Python's own decoder puts the error in the whole file, there our message does, across block borders too."""
@@ -483,6 +481,24 @@ def test_prepared_files_are_those_of_a_plain_loop(threads, specials, tmp_path):
             ids.extend(tokenizer.encode_array(one).tolist())
             ids.extend([tokenizer.eot_id] if specials else [])
         assert (folder / f"{part}.bin").read_bytes() == ids.tobytes() and len(ids) > 1000
+
+
+def test_a_long_text_is_encoded_in_other_threads_and_comes_in_order(tmp_path, monkeypatch):
+    """A single text too comes in pieces large enough to hand over; the files hold the tokens of the uncut text."""
+    text = "".join(f"line {number} of a <|endoftext|> blué text\n" for number in range(20_000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    tokenizer, threads = BPETokenizer.train([text[:9000]], 300), set()
+
+    def encode_array(text, encode=tokenizer.encode_array):
+        threads.add(threading.current_thread().name)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode_array", encode_array)
+    folder = data.prepare("a.txt", tokenizer)
+    tokens = b"".join((folder / f"{part}.bin").read_bytes() for part in ("train", "val"))
+    border = len(text) * 9 // 10
+    assert tokens == array.array("H", [*tokenizer.encode(text[:border]), *tokenizer.encode(text[border:])]).tobytes()
+    assert threads - {"MainThread"}
 
 
 def test_a_single_document_is_cut_by_characters_and_gets_no_end(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_gelu_is_the_tanh_form_and_not_the_exact_one():
     assert gelu(x).tolist() == pytest.approx(expected, abs=1e-12)
     assert gelu.by_steps(x).tolist() == pytest.approx(expected, abs=1e-12)
     assert (gelu(x) - F.gelu(x)).abs().max() > 1e-4
+
+
+def test_the_exact_gelu_weighs_by_the_normal_distribution():
+    """x times the probability that a standard normal number is below x, forward and by steps."""
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    expected = [v * NormalDist().cdf(v) for v in x.tolist()]
+    gelu = gpt.GELU(exact=True)
+    assert gelu(x).tolist() == pytest.approx(expected, abs=1e-12)
+    assert gelu.by_steps(x).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 # --- attention, by the derivation of the notes

@@ -106,6 +106,13 @@ def test_the_exact_gelu_would_be_noticed(tmp_path):
     assert (model(IDS[:1])[0] - wrong).abs().max() > 2e-4
 
 
+def test_a_config_with_the_exact_gelu_is_followed(tmp_path):
+    """The logits are those of the exact form by hand."""
+    tensors = gpt2_tensors()
+    model = load_gpt2(hf_folder(tmp_path, tensors, activation_function="gelu"))
+    torch.testing.assert_close(model(IDS[:1])[0], gpt2_logits(tensors, IDS[0], approximate="none"), atol=2e-5, rtol=1e-5)
+
+
 def test_a_tied_head_shares_its_storage_and_an_untied_one_is_read(tmp_path):
     """One matrix in memory where the config ties, two where not; a tied head that the file holds too is no news."""
     tensors, head = gpt2_tensors(), torch.randn(101, 48, generator=torch.Generator().manual_seed(9))
@@ -167,7 +174,7 @@ def test_a_file_that_does_not_fit_names_the_tensor(change, message, tmp_path, ca
 
 
 @pytest.mark.parametrize("field, value", [
-    ("model_type", "llama"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 100),
+    ("model_type", "llama"), ("activation_function", "relu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 100),
     ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True), ("n_head", 5), ("n_layer", "2"),
     ("vocab_size", None), ("n_embd", -48), ("n_embd", {}), ("resid_pdrop", "much")])
 def test_a_config_that_asks_for_something_else_is_refused(field, value, tmp_path):
@@ -671,10 +678,10 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, status, message, capsys
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_out_and_in_again_gives_the_same_bits(tied, bias, tmp_path):
+@pytest.mark.parametrize("bias, exact", [(True, False), (False, False), (False, True)])
+def test_out_and_in_again_gives_the_same_bits(tied, bias, exact, tmp_path):
     """Config, weights and tying survive for every config that we can train; two exports are the same file."""
-    config = gpt.GPTConfig(101, 16, 48, 4, 2, drop_rate=0.25, qkv_bias=bias, tie_weights=tied)
+    config = gpt.GPTConfig(101, 16, 48, 4, 2, drop_rate=0.25, qkv_bias=bias, tie_weights=tied, exact_gelu=exact)
     torch.manual_seed(1)
     model = gpt.GPTModel(config).eval()
     with torch.no_grad():
@@ -688,7 +695,8 @@ def test_out_and_in_again_gives_the_same_bits(tied, bias, tmp_path):
     assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (48, 144) and ("lm_head.weight" in tensors) != tied
     assert bool(tensors["transformer.h.1.attn.c_attn.bias"].any()) == bias
     plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    torch.testing.assert_close(model(IDS[:1])[0], gpt2_logits(plain, IDS[0], head=plain.get("lm_head.weight")),
+    torch.testing.assert_close(model(IDS[:1])[0], gpt2_logits(plain, IDS[0], approximate="none" if exact else "tanh",
+                                                             head=plain.get("lm_head.weight")),
                                atol=1e-4, rtol=1e-5)
     export_gpt2(again, tmp_path / "twice")
     for name in ("model.safetensors", "config.json", "generation_config.json"):

@@ -718,6 +718,12 @@ def test_compare_runs_the_script_fully_and_with_each_rank(tmp_path, monkeypatch,
     assert out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"
     summary = json.loads((tmp_path / "out" / "lora" / "summary.json").read_text())
     assert summary["stage"] == "lora" and summary["points_below_full"]["rank4"] == pytest.approx(0.4)
+    assert copied.main(["compare", "--task", task, "--full", "out/lora/full", "--out_dir", "out/again",
+                        "--flags=--max_steps 5"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"
+    assert Path("out/again/rank8").exists() and not Path("out/again/full").exists()  # as it was there
+    assert copied.main(["compare", "--task", task, "--full", "nowhere"]) == 1
+    assert capfd.readouterr().err.startswith(f"error: nowhere holds no finished run of {script}; make one, or leave")
     assert copied.main(["compare", "--task", task, "--flags=--fail now"]) == 2
     assert capfd.readouterr().err.endswith("error: as asked\n")
 

@@ -50,7 +50,7 @@ def toy(vocab_size=8, seed=0, sharp=1.0, **sizes):
 
 def options(**given):
     """Return a Config for toys: one piece, no penalty for responses that do not stop."""
-    return Config(**{"batch_size": 32, "accumulate": 1, "no_stop_penalty": 0.0, "max_approxkl": 0.0, **given})
+    return Config(**{"batch_size": 32, "accumulate": 1, "temperature": 1.0, "no_stop_penalty": 0.0, "max_approxkl": 0.0, **given})
 
 
 def prefix_mask(*lengths):
@@ -275,7 +275,7 @@ def test_padding_changes_no_score_and_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, other))
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "likelihood"])
+@pytest.mark.parametrize("head", rlhf.HEADS)
 def test_a_reward_models_score_ignores_padding_and_batch(head):
     """Padding left, right or none, alone or in a batch: the same score; the last real token decides."""
     torch.manual_seed(0)
@@ -301,7 +301,19 @@ def test_the_likelihood_head_reads_the_responses_log_probability():
         assert torch.allclose(model(ids, mask, R), torch.stack(found), atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["linear", "likelihood"])
+def test_the_mean_head_reads_all_states_of_the_response():
+    """Its score is linear in the mean of the states of the response's tokens, each row computed alone."""
+    model = RewardModel(toy(sharp=10).gpt, "mean")
+    rows = [([4, 1, 3], [2, 3]), ([1], [5, 6, 7])]
+    ids, mask, R = rlhf.pack(*zip(*rows), 0)
+    with torch.no_grad():
+        states = [model.gpt.hidden(torch.tensor([p + r]))[0] for p, r in rows]
+        found = [sum(model.head(state[i]) for i in range(len(p), len(p + r))) / len(r)
+                 for state, (p, r) in zip(states, rows)]
+        assert torch.allclose(model(ids, mask, R), torch.cat(found), atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "likelihood", "mean"])
 def test_both_answers_of_a_pair_in_one_row_are_as_in_rows_of_their_own(head):
     """Scores, log-probabilities and gradients of pairs that share their prompt equal those of separate rows."""
     torch.manual_seed(0)
@@ -621,6 +633,57 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole():
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(grads, results[0][2]))
 
 
+def test_the_objective_of_pairs_is_what_its_three_options_say():
+    """Comparisons with other prompts one by one, next tokens by the model's own logits; no option, no change."""
+    torch.manual_seed(0)
+    draw = lambda n: torch.randint(7, (n,)).tolist()  # noqa: E731
+    rows = [rlhf.Pair(draw(3 + i), draw(2 + i % 3) + [7], draw(5 - i % 4) + [7]) for i in range(5)]
+    model = RewardModel(toy(sharp=10).gpt, "mean")
+    with torch.no_grad():
+        model.head.weight *= 10
+        objective = lambda rows, **given: rlhf.pair_objective(model, rows, 7, options(**given)).item()  # noqa: E731
+        score = lambda p, r: model(torch.tensor([p + r]), None, len(r)).item()  # noqa: E731
+        pairs = [[math.log1p(math.exp(score(b.prompt, b.rejected) - score(a.prompt, a.chosen))) for b in rows]
+                 for a in rows]
+        own, all_of_them = sum(pairs[i][i] for i in range(5)) / 5, sum(map(sum, pairs)) / 25
+        assert abs(own - all_of_them) > 0.01
+        assert objective(rows) == pytest.approx(own, abs=1e-5)
+        assert objective(rows, cross=0.25) == pytest.approx(0.75 * own + 0.25 * all_of_them, abs=1e-5)
+        nats = [F.cross_entropy(model.gpt(torch.tensor([p + r]))[0, len(p) - 1 : -1], torch.tensor(r)).item()
+                for p, *answers in rows for r in answers]
+        assert objective(rows, lm_weight=0.5) == pytest.approx(own + 0.5 * sum(nats) / 10, abs=1e-5)
+        pieces = sum(objective(some, lm_weight=0.5) * share for some, share in rlhf.in_pieces(rows, 3))
+        assert pieces == pytest.approx(objective(rows, lm_weight=0.5), abs=1e-5)
+        blank = [rlhf.Pair(*([7] * len(ids) for ids in row)) for row in rows]
+        assert objective(rows, token_dropout=0.9) != objective(rows) != objective(blank)
+
+
+def test_as_many_tokens_are_hidden_as_asked_for():
+    """A share of 0.3 within four standard errors, the others in their places, all of them with a share of 0."""
+    torch.manual_seed(0)
+    row = rlhf.Pair(*(torch.arange(n).tolist() for n in (1000, 2000, 3000)))
+    (found,) = rlhf.hide([row], 0.3, -1)
+    gone = sum(i == -1 for ids in found for i in ids)
+    assert abs(gone - 1800) < 4 * math.sqrt(6000 * 0.3 * 0.7)
+    assert all(i in (-1, place) for ids in found for place, i in enumerate(ids)) and rlhf.hide([row], 0.0, -1) == [row]
+
+
+def test_the_implied_reward_is_the_ratio_of_both_models():
+    """Margins of log(policy / start), token by token from the logits; none where the policy is its start."""
+    policy, start = toy(sharp=10, seed=1).gpt, toy(sharp=10).gpt
+    rows = [rlhf.Pair([1, 2], [3, 7], [4, 5, 7]), rlhf.Pair([6], [2, 2, 1, 7], [7])]
+    opened = lambda: contextlib.nullcontext(start)  # noqa: E731
+
+    def said(model, p, r):
+        logprobs = torch.log_softmax(model(torch.tensor([p + r]))[0], -1)
+        return sum(logprobs[len(p) + i - 1, token].item() for i, token in enumerate(r))
+
+    ratio = lambda p, r: said(policy, p, r) - said(start, p, r)  # noqa: E731
+    expected = [ratio(row.prompt, row.chosen) - ratio(row.prompt, row.rejected) for row in rows]
+    assert rlhf.implied_margins(policy, opened, rows, 7).tolist() == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, expected)) > 0.1 and rlhf.implied_margins(start, opened, rows, 7).abs().max() < 1e-5
+
+
 # --- runs
 
 
@@ -682,6 +745,31 @@ def test_reward_model_and_ppo_run_from_files(folder, capsys):
     assert rlhf.main(["evaluate", *SMALL_RUN, "--checkpoint", "out/ppo/model.safetensors"]) == 0
     table = capsys.readouterr().out
     assert "best of 4" in table and "KL" in table and Path("out/ppo/evaluation.json").exists()
+
+
+SCRATCH = "--init scratch --emb_dim 16 --n_layers 1 --n_heads 2 --vocab_size 280 --context_length 64".split()
+
+
+def test_a_blind_reward_model_from_scratch_learns_the_manner_alone(folder):
+    """It begins with fresh weights and its own byte pairs, tells "please" from "no", and no prompt changes a score."""
+    run("reward", *SCRATCH, "--head", "mean", "--blind", "--cross", 0.5, "--lm_weight", 0.3, "--token_dropout", 0.1,
+        "--max_steps", 40, "--learning_rate", 1e-2)
+    model, tokenizer, made = rlhf.load_reward_model("out/reward/model.safetensors")
+    assert json.loads(Path("out/reward/summary.json").read_text(encoding="utf-8"))["accuracy"] == 1.0
+    assert tokenizer.vocab_size <= 280 and model.gpt.config.emb_dim == 16 and made["blind"]
+    score = rlhf.load_reward("out/reward/model.safetensors", "cpu")
+    polite, same, rude = score(["say cat dog", "hen? hen!", "say cat dog"], ["cat please", "cat please", "no dog"])
+    assert polite == same > rude + 0.5
+
+
+def test_a_policy_from_scratch_learns_to_write_and_dpo_goes_on_from_there(folder, capsys):
+    """SFT makes the start that DPO then turns against the rejected answers; held-out pairs show that it did."""
+    run("dpo", *SCRATCH, "--loss", "sft", "--max_steps", 30, "--learning_rate", 1e-2, "--out_dir", "out/start")
+    start = ("--init", "out/start/model.safetensors")
+    summary = run("dpo", *start, "--max_steps", 30, "--learning_rate", 1e-2)
+    assert summary["pair_accuracy"] == 1.0 and "100.0%" in capsys.readouterr().out
+    run("dpo", *start, "--max_steps", 1, "--learning_rate", 0.0, "--fresh")
+    assert "50.0%" in capsys.readouterr().out  # nothing learnt: every margin is 0, half right
 
 
 def weights(path):
@@ -835,6 +923,8 @@ def test_mistakes_get_one_line(folder, capsys):
              ([*ppo, "--reward", "bad:words"], 1, "ValueError"), ([*ppo, "--reward", "bad:same"], 1, "are 2"),
              ([*ppo, "--reward", "gold"], 1, "not a question"), ([*ppo, "--reward", "mine:length", "--response_length", "47"], 1,
                                                                  "--response_length"),
+             ([*ppo, "--reward", "mine:length", "--init", "scratch"], 2, "--loss sft"),
+             (["reward", *SMALL_RUN, "--emb_dim", "64"], 2, "--init scratch"),
              ([*ppo, "--clip_ratio", "0"], 2, "clip_ratio"), ([*ppo, "--grpo", "2"], 2, "--group"), (["pppo"], 2, "unknown"),
              (["evaluate", *SMALL_RUN], 1, "python rlhf.py ppo"), (["rate", *SMALL_RUN, "--checkpoint", "a,b,c"], 2, "one or two"),
              (["evaluate", *SMALL_RUN, "--checkpoint", "none.safetensors"], 1, "none.safetensors"),

@@ -97,6 +97,16 @@ def test_there_are_twelve_kinds_or_more_with_four_phrasings_or_more():
     assert all(phrasings.values()) and min(manners.values()) > 0.1 * len(entries)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_only_the_kinds_that_are_named_are_asked(split):
+    """Spelling and adding alone: every answer is letters one by one or a number."""
+    answers = [entry["answer"] for entry in tinyworld("instructions", split, 42, kinds=("spelling", "add"))]
+    sums = [text for text in answers if re.fullmatch(r"\d+\.", text)]
+    assert len(sums) + len([text for text in answers if re.fullmatch(r"(\w )+\w\.", text)]) == 42
+    asked = 42 * 5 / 7 if split == "train" else 42 / 2  # training asks for sums 5 times where it asks 2 for letters
+    assert abs(len(sums) - asked) < 2  # a question that came up before is passed over
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_prompt_alone_gives_back_its_answer_and_a_response_its_bare_form(split):
     """Made from slots, read back from text: nothing is lost, whatever the manner."""
@@ -314,6 +324,9 @@ def test_what_is_not_of_this_world_is_refused_in_a_sentence():
         tinyworld("poems", "train")
     with pytest.raises(ValueError, match="train, val, test"):
         tinyworld("corpus", "training")
+    for kinds in (("plural", "haiku"), ()):
+        with pytest.raises(ValueError, match="kinds of question are .*plural.*, not (plural, haiku|none)"):
+            tinyworld("instructions", "train", 5, kinds=kinds)
     for prompt in ("What is love?", "", "Where does the unicorn live?", "Where is Zed?\nAnn has a red kite.",
                    "What does Tom have now?", "How many weeks are 3 apples?"):
         with pytest.raises(ValueError, match="of tinyworld"):

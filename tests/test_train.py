@@ -147,6 +147,34 @@ def test_adamw_decays_matrices_only_and_every_parameter_has_one_optimizer():
         id(p) for block in model.trf_blocks for p in block.parameters() if p.dim() == 2}
 
 
+def test_adamw_is_torchs_own_to_the_bit_also_when_resumed():
+    """Five updates, the state handed to a new optimizer, three more: the weights of torch's class without a break."""
+    torch.manual_seed(0)
+    models, x = [nn.Linear(7, 5), nn.Linear(7, 5)], torch.randn(3, 7)
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = (kind(model.parameters(), lr=0.1, weight_decay=0.3, fused=True)
+                    for kind, model in zip((train.AdamW, torch.optim.AdamW), models))
+    for step in range(8):
+        if step == 5:
+            state, ours = ours.state_dict(), train.AdamW(models[0].parameters())
+            ours.load_state_dict(state)
+        for model, optimizer in zip(models, (ours, theirs)):
+            model.zero_grad()
+            (model(x) ** 2).sum().backward()
+            optimizer.step()
+        assert torch.equal(models[0].weight, models[1].weight) and torch.equal(models[0].bias, models[1].bias)
+        assert all(p.requires_grad and p.grad is not None for p in models[0].parameters())
+
+
+def test_a_run_does_without_torchs_compiler(text):
+    """From its start to its last file a run imports no torch._dynamo, which takes half as long as torch itself."""
+    words = ["--data", text, *TINY, "--max_steps", "2", "--warmup_steps", "0"]
+    code = f"import sys, train; print(train.main({words}), 'torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                           capture_output=True, text=True, timeout=100)
+    assert found.stdout.splitlines()[-1] == "0 False", found.stderr
+
+
 def test_ticks_are_round_and_inside():
     """The axis marks of a picture."""
     assert train.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
