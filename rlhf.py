@@ -73,7 +73,7 @@ Z = 1.959964  # 95% of a normal distribution lies within this many standard devi
 HEADS = ("linear", "mlp", "likelihood", "mean")
 STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
     "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), optimizer="muon", eval_every=125),
-    "ppo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=20),
+    "ppo": dict(epochs=0, max_steps=160, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=40),
     "dpo": dict(epochs=1, max_steps=0, batch_size=32, rates=(1e-4, 1e-6), optimizer="adamw", eval_every=100),
     "grpo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 1e-6), optimizer="adamw", eval_every=20),
 }
