@@ -1896,7 +1896,8 @@ VIEWS = {  # how many of each by default: train, val, test
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the oftener
-    "story": 20, "add": 5, "fact": 4, "compare": 3, "count": 3, "convert": 3, "past": 2, "case": 2, "spelling": 2,
+    "story": 11, "add": 5, "fact": 4, "compare": 3, "count": 3, "passive": 2, "convert": 2, "case": 2, "spelling": 2,
+    "past": 2, "plural": 2,
 }
 
 

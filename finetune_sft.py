@@ -64,7 +64,7 @@ from train import (Options, Run, autocast, compile_blocks, draw_curves, first, l
                    process, run_script, share, together, total_steps, train_each_seed, wait, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
-TINYWORLD = {"train": 172_000, "val": 520, "test": 2_000}  # examples by default: what eight minutes have time for
+TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what eight minutes have time for
 BEFORE = 520  # test questions for the model before tuning: it rarely ends an answer, so each costs the longest time
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Config(Options):
     optimizer: str = option("auto", "muon takes AdamW for all but the blocks' matrices; auto = adamw from GPT-2's size "
                             "on and for adapters", choices=("auto", "adamw", "muon"))
     eval_every: int = option(500, "steps between evaluations, 0 = only at the end", low=0)
-    examples: int = option(0, "training examples, 0 = all of a file, 172,000 of tinyworld, which never ends", low=0)
+    examples: int = option(0, "training examples, 0 = all of a file, 160,000 of tinyworld, which never ends", low=0)
     kinds: str = option("", "kinds of built-in question to learn and be asked, as plural,past; empty = all 13")
     split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("auto", "words around a prompt; auto = the checkpoint's, else plain for tinyworld, alpaca "
