@@ -333,7 +333,7 @@ def extract_member(archive, member, path, sha256):
 # Reading text
 
 PIECE = 1 << 15  # bytes read at a time: long texts stream through memory in pieces of about this size
-MIXED = 1 << 12  # the same where several sources take turns
+MIXED = 1 << 12  # the same where several sources take turns: the smaller, the closer to their shares
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders that `stdlib` leaves out
 # Where a text may be cut without changing its GPT-2 tokens: before a space or line end that a word follows, because
@@ -415,7 +415,7 @@ def files_below(root, skipped=()):
 
 
 def documents_of(source, size=PIECE):
-    """Yield each document of one source (a dataset, file or folder) as an iterable of pieces; of files, by `size`."""
+    """Yield each document of a source (dataset, file or folder) as an iterable of pieces, of files of about `size`."""
     if source == "tinyworld":
         yield from ((text,) for text in tinyworld("corpus", "train"))
         return
@@ -1921,11 +1921,14 @@ def _items(view, split, rng, kinds):
 def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
+    Fewer where the kinds asked for have no n different questions outside training.
+
     corpus: documents. messages: (label, text). instructions: dicts with instruction, input, output, answer (bare),
     kind, manner and unseen. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores),
     kind and unseen. The same arguments give the same list everywhere. Nothing of the splits "val" and "test" comes up
     in "train", under any seed. The kinds take turns: tinyworld("instructions", "test", 13) has one fresh question of
-    each; `kinds` asks for some of the 13 alone. Raises ValueError for another view, split or kind."""
+    each; of instructions and preferences `kinds` asks for some of the 13 alone. Raises ValueError for another view,
+    split or kind."""
     if view not in VIEWS or split not in ("train", "val", "test"):
         raise ValueError(f"tinyworld has the views {', '.join(VIEWS)} and the splits train, val, test; "
                          f"it has no {view!r} with {split!r}")
@@ -1935,11 +1938,11 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     rng = random.Random(zlib.crc32(f"{view} {split} {seed}".encode()))
     if view == "corpus":
         return [_document(rng) for _ in range(n)]
-    found = {}
+    found, vain = {}, 0
     for item, key in _items(view, split, rng, kinds):
-        if len(found) == n:
+        if len(found) == n or vain == 2_000:  # some kinds have but a few dozen questions outside training
             return list(found.values())
-        found.setdefault(key, item)
+        vain = 0 if found.setdefault(key, item) is item else vain + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ class Config(Options):
                             "on and for adapters", choices=("auto", "adamw", "muon"))
     eval_every: int = option(500, "steps between evaluations, 0 = only at the end", low=0)
     examples: int = option(0, "training examples, 0 = all of a file, 160,000 of tinyworld, which never ends", low=0)
-    kinds: str = option("", "kinds of built-in question to learn and be asked, as plural,past; empty = all 13")
+    kinds: str = option("", "kinds of built-in question to learn and be asked, as count,story (the same for evaluate "
+                        "and respond); empty = all 13")
     split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("auto", "words around a prompt; auto = the checkpoint's, else plain for tinyworld, alpaca "
                            "for other data", choices=("auto", *TEMPLATES))
@@ -147,6 +148,15 @@ def open_model(config, source):
 # Examples: entries of text, then token ids with the length of their prompt
 
 
+def asked_kinds(config):
+    """Return the kinds of built-in question that --kinds names, all where it names none."""
+    kinds = tuple(config.kinds.replace(" ", "").split(",")) if config.kinds else TINYWORLD_KINDS
+    if wrong := [kind for kind in kinds if kind not in TINYWORLD_KINDS]:
+        raise argparse.ArgumentError(None, f"--kinds {config.kinds}: there is no kind {wrong[0]!r}; the 13 are "
+                                           f"{', '.join(TINYWORLD_KINDS)}")
+    return kinds
+
+
 def load_entries(config, *parts):
     """Return a list of entries for each named part ("train", "val", "test", "all") of --data.
 
@@ -155,8 +165,9 @@ def load_entries(config, *parts):
         if "all" in parts:
             raise argparse.ArgumentError(None, "--split all is for files; tinyworld has train, val and test")
         counts = {**TINYWORLD, "train": config.examples or TINYWORLD["train"]}
-        kinds = config.kinds.replace(" ", "").split(",") if config.kinds else TINYWORLD_KINDS
-        return [tinyworld("instructions", part, counts[part], kinds=kinds) for part in parts]
+        return [tinyworld("instructions", part, counts[part], kinds=asked_kinds(config)) for part in parts]
+    if config.kinds:
+        raise argparse.ArgumentError(None, f"--kinds is for tinyworld's questions; leave it out with {config.data}")
     entries = read_instructions(config.data)
     empty = [number for number, entry in enumerate(entries) if not entry["output"].strip()]
     if empty:

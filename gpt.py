@@ -80,7 +80,7 @@ class GPTConfig:
     drop_rate: float = 0.1  # dropout on embeddings, attention weights and residual branches
     qkv_bias: bool = False  # GPT-2 has it
     tie_weights: bool = False  # the head shares the token embedding's matrix; GPT-2 does
-    exact_gelu: bool = False  # the GELU by erf, on a CPU 3 times as fast, instead of the tanh form that GPT-2 has
+    exact_gelu: bool = False  # GELU by erf (on a CPU 3 times as fast) instead of GPT-2's tanh form
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -98,7 +98,8 @@ def _gpt2(emb_dim, n_layers, n_heads):
 
 
 GPT_CONFIGS = {
-    "tiny": GPTConfig(1024, 128, 128, 4, 4, drop_rate=0.0, tie_weights=True, exact_gelu=True),  # minutes on a laptop
+    # trains in minutes on a laptop
+    "tiny": GPTConfig(1024, 128, 128, 4, 4, drop_rate=0.0, tie_weights=True, exact_gelu=True),
     "gpt2": _gpt2(768, 12, 12),  # 124M, OpenAI's four sizes
     "gpt2-small": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),  # 355M

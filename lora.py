@@ -2,6 +2,7 @@
 
     python lora.py                                    fine-tune the classifier fully and with adapters, compare (1 min)
     python lora.py compare --task sft --lora_rank 4 8 32
+    python lora.py --full out/cls --flags="--epochs 2"         beside a run that is there, made with the same flags
     python lora.py merge --adapter out/sft/adapter    a plain checkpoint with the update in its weights
     python lora.py info --adapter out/cls/adapter     layers, ranks, how large each update is
     python lora.py export --adapter out/sft/adapter   the adapter for Hugging Face's PEFT, checked against its base
@@ -690,6 +691,15 @@ def row_of(task, out_dir):
     return row
 
 
+def full_row(args):
+    """Return the row of the run that --full names; raises ValueError for a run of another kind or with adapters."""
+    folder, (script, score) = Path(args.full), TASKS[args.task]
+    row = row_of(args.task, folder)
+    if row["score"] is None or (folder / "adapter" / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} is no run of {script} with all weights, which is what --full needs")
+    return row
+
+
 def print_table(rows, score_name):
     """Return None after printing the runs {name: row} side by side; a number that a run did not report is a dash."""
     columns = (("trainable_parameters", "trainable", 1, ",.0f"), ("optimizer_bytes", "optimizer MB", 2**20, ",.1f"),
@@ -712,7 +722,7 @@ def compare_command(args):
     both = shlex.split(args.flags) + ["--resume"] * args.resume + ["--fresh"] * args.fresh
     runs, rows, out_dir = {} if args.full else {"full": []}, {}, Path(args.out_dir)
     if args.full:
-        rows["full"] = row_of(args.task, Path(args.full))
+        rows["full"] = full_row(args)
     for rank in args.lora_rank:
         runs[f"rank{rank}"] = ["--lora_rank", str(rank), *shlex.split(args.lora_flags)]
     for name, flags in runs.items():

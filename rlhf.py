@@ -100,7 +100,7 @@ class Config(Options):
     max_steps: int = own("max_steps", "steps of one batch each, 0 = no limit")
     batch_size: int = own("batch_size", "pairs, or sampled responses, a step")
     accumulate: int = option(4, "pieces of similar length that a batch is computed in; saves memory and padding, "
-                             "changes no result but that of --cross", low=1)
+                             "changes nothing but --cross and what is drawn at random", low=1)
     learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by command and size of the model", low=-1)
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed", low=0)
     warmup_steps: int = option(10, "steps from 0 up to the peak rate", low=0)
@@ -137,7 +137,7 @@ class Config(Options):
     reward: str = option("out/reward/model.safetensors", "what ppo, grpo and evaluate score with: a reward model's "
                          "file, gold (tinyworld's own rubric), or module:function in Python")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
-    temperature: float = option(0.7, "of sampling, and so of all log-probabilities", low=1e-3)
+    temperature: float = option(0.7, "of sampling, and so of all log-probabilities; Ziegler et al.'s", low=1e-3)
     kl_coef: float = option(0.2, "reward that a nat of KL to the start costs", low=0)
     kl_target: float = option(0.0, "nats a response that kl_coef is adapted towards, 0 = it stays", low=0)
     kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
@@ -414,8 +414,9 @@ def without_left_padding(ids, mask):
 
 def mean_states(states, inside):
     """Return the means (B, n, C) of the states (B, T, C) of n stretches of each row: inside (B, n, T) is boolean."""
-    inside = inside.to(states.dtype)
-    return inside @ states / inside.sum(2, keepdim=True)
+    with torch.autocast(states.device.type, enabled=False):
+        states = full_precision(states)
+        return inside.to(states.dtype) @ states / inside.sum(2, keepdim=True).clamp(min=1)
 
 
 def summed_logprobs(model, states, ids, mask):
@@ -812,8 +813,9 @@ def open_setting(config, stage):
     device = pick_device(config.device)
     context = autocast(config, device)
     if config.init == "scratch":
+        check_scratch(config, stage)
         parts = load_pairs(config)
-        model, tokenizer, made = new_start(config, stage, parts[0])
+        model, tokenizer, made = new_start(config, parts[0])
     else:
         check_sizes(config, "vocab_size")
         parts, (model, tokenizer, made) = None, load_start(config, "python finetune_sft.py")
@@ -831,11 +833,19 @@ def open_setting(config, stage):
     return Setting(config, context, model.to(device), tokenizer, template, parts or load_pairs(config))
 
 
-def new_start(config, stage, pairs):
+def check_scratch(config, stage):
+    """Return None where a stage can begin with fresh weights; raises ArgumentError where not."""
+    if stage in ("all", "ppo", "grpo") or stage == "dpo" and config.loss == "dpo":
+        improves = "all goes on to ppo, which improves" if stage == "all" else f"{stage} improves"
+        raise argparse.ArgumentError(None, f"--init scratch: {improves} a policy that writes already; make one with: "
+                                           "python rlhf.py dpo --loss sft --init scratch")
+    if config.lora_rank:
+        raise argparse.ArgumentError(None, "--init scratch has learnt nothing that --lora_rank could adapt; leave one "
+                                           "of the two out")
+
+
+def new_start(config, pairs):
     """Return (model, tokenizer, made) for --init scratch: fresh weights, and byte pairs of the training pairs."""
-    if stage in ("ppo", "grpo") or stage == "dpo" and config.loss == "dpo":
-        raise argparse.ArgumentError(None, f"--init scratch: {stage} improves a policy that writes already; make one "
-                                           "with: python rlhf.py dpo --loss sft --init scratch")
     from tokenizer import BPETokenizer
 
     texts = [pair[key] for pair in pairs for key in Pair._fields]
@@ -942,8 +952,8 @@ def pair_objective(model, rows, pad_id, config):
         loss = (1 - config.cross) * loss + config.cross * reward_loss(chosen[:, None], rejected)
     if config.lm_weight:
         logprobs = torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id))
-        lengths = torch.tensor([[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]])
-        loss = loss - config.lm_weight * (logprobs / lengths.to(logprobs.device)).mean()
+        lengths = [[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]]
+        loss = loss - config.lm_weight * (logprobs / torch.tensor(lengths, device=logprobs.device)).mean()
     return loss
 
 
@@ -1686,6 +1696,8 @@ def new_pairs(config, path):
 
 def run_all(config):
     """Train a reward model, then a policy by PPO, then evaluate; --rounds repeats it with pairs of the new policy."""
+    if config.init == "scratch":
+        check_scratch(config, "all")
     root = Path(config.out_dir or "out")
     for number in range(1, config.rounds + 1):
         name, one = "" if number == 1 else str(number), copy.copy(config)

@@ -489,7 +489,7 @@ def make_optimizers(model, config):
 
 
 class Unguarded:
-    """An optimizer's methods without torch's guards against being compiled, which none here is.
+    """An optimizer's methods without torch's guards for the case that it is compiled, which happens to none here.
 
     On their first call the guards import torch._dynamo: a third of the time to a run's first step, and 60 MB."""
 

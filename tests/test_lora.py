@@ -722,6 +722,8 @@ def test_compare_runs_the_script_fully_and_with_each_rank(tmp_path, monkeypatch,
                         "--flags=--max_steps 5"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"
     assert Path("out/again/rank8").exists() and not Path("out/again/full").exists()  # as it was there
+    assert copied.main(["compare", "--task", task, "--full", "out/lora/rank4"]) == 1
+    assert "rank4 is no run of" in capfd.readouterr().err
     assert copied.main(["compare", "--task", task, "--full", "nowhere"]) == 1
     assert capfd.readouterr().err.startswith(f"error: nowhere holds no finished run of {script}; make one, or leave")
     assert copied.main(["compare", "--task", task, "--flags=--fail now"]) == 2

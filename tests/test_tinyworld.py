@@ -324,6 +324,8 @@ def test_what_is_not_of_this_world_is_refused_in_a_sentence():
         tinyworld("poems", "train")
     with pytest.raises(ValueError, match="train, val, test"):
         tinyworld("corpus", "training")
+    few = tinyworld("instructions", "val", 520, kinds=("opposite",))
+    assert 0 < len(few) < 100 and len({prompt_of(item) for item in few}) == len(few)  # there are no more: no endless loop
     for kinds in (("plural", "haiku"), ()):
         with pytest.raises(ValueError, match="kinds of question are .*plural.*, not (plural, haiku|none)"):
             tinyworld("instructions", "train", 5, kinds=kinds)
