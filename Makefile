@@ -13,7 +13,7 @@ VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # A stage that was interrupted goes on; one that is older than what it starts from is moved aside and made anew.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
-all: $(OUT)/report.html ## every stage on the built-in data, offline: about 16 min
+all: $(OUT)/report.html ## every stage on the built-in data, offline: about 15 min
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,15 +42,15 @@ classify: $(OUT)/cls/summary.json ## tell spam from the rest: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 $(AGAIN) $(ARGS)
 
-sft: $(OUT)/sft/summary.json ## answer instructions: 8 min
+sft: $(OUT)/sft/summary.json ## answer instructions: 6 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
-lora: $(OUT)/lora/summary.json ## classify with adapters, against all weights: 1 min
+lora: $(OUT)/lora/summary.json ## classify with adapters, against all weights: 0.5 min
 $(OUT)/lora/summary.json: $(OUT)/cls/summary.json
 	$(PYTHON) lora.py compare --full $(OUT)/cls --out_dir $(OUT)/lora $(AGAIN) --flags="--init $(OUT)/pretrain/model.safetensors --epochs 2 $(ARGS)"
 
-rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 4 min
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 5 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 

@@ -1,6 +1,6 @@
 """Instruction fine-tuning: a model that continues text learns to answer, and what it answers is scored.
 
-    python finetune_sft.py                     the built-in instructions on out/pretrain's model: 8 min on 2 cores
+    python finetune_sft.py                     the built-in instructions on out/pretrain's model: 6 min on 2 cores
     python finetune_sft.py --data mine.json --lora_rank 8 --resume
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond             answer a test set; --prompt "What is the plural of fox?" answers that
@@ -64,7 +64,7 @@ from train import (Options, Run, autocast, compile_blocks, draw_curves, first, l
                    process, run_script, share, together, total_steps, train_each_seed, wait, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
-TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what eight minutes have time for
+TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what six minutes have time for
 BEFORE = 520  # test questions for the model before tuning: it rarely ends an answer, so each costs the longest time
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Learning from preferences by hand: a reward model from pairs of answers, then PPO, DPO or GRPO, and what it brought.
 
-    python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 3.5 minutes
+    python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 5 minutes
     python rlhf.py reward --data pairs.json         a reward model of your own pairs
     python rlhf.py ppo --reward my_rewards:brevity  PPO against any Python function (prompts, responses) -> floats
     python rlhf.py ppo --lora_rank 8                PPO with adapters: policy and reference share one set of weights
