@@ -412,9 +412,9 @@ def join_everywhere(pair, new, words, often, numbers, pairs):
     `pairs` is brought up to date: x a b y loses (x, a), (a, b), (b, y) and wins (x, new), (new, y)."""
     first, second = pair
     before, after = defaultdict(list), defaultdict(list)  # neighbour -> words, each as often as it stands there
-    for number in numbers:
+    for number in dict.fromkeys(numbers):  # each once, or a million equal letters take hours
         parts = words[number].split(pair)
-        if len(parts) == 1:  # an earlier merge took the pair apart, or this one has been here
+        if len(parts) == 1:  # an earlier merge took the pair apart
             continue
         words[number] = new.join(parts)
         left = parts[0][-1:]
