@@ -902,8 +902,10 @@ def pair_scores(model, rows, pad_id):
     return state_scores(model, *pair_states(model.gpt, rows, pad_id), rows, pad_id)
 
 
-def state_scores(model, states, starts, rows, pad_id):
-    """Return the scores ((B,), (B,)) of both answers of B Pairs, of which `pair_states` made states and starts."""
+def state_scores(model, states, starts, rows, pad_id, logprobs=None):
+    """Return the scores ((B,), (B,)) of both answers of B Pairs, of which `pair_states` made states and starts.
+
+    `logprobs`, what `answer_logprobs` returns, saves computing it once more."""
     ends = torch.tensor([(Q, Q + len(row.rejected)) for row, (_, Q) in zip(rows, starts)], device=states.device)
     if model.head_kind == "mean":
         columns = torch.arange(states.shape[1], device=states.device)
@@ -912,8 +914,8 @@ def state_scores(model, states, starts, rows, pad_id):
     last = states.gather(1, (ends - 1)[:, :, None].expand(-1, -1, states.shape[2]))
     if model.head_kind != "likelihood":
         return model.score(last).float().unbind(1)
-    logprobs = torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id), dim=1)
-    return model.score(last, logprobs).float().unbind(1)
+    logprobs = logprobs or answer_logprobs(model.gpt, states, starts, rows, pad_id)
+    return model.score(last, torch.stack(logprobs, dim=1)).float().unbind(1)
 
 
 def answer_logprobs(model, states, starts, rows, pad_id):
@@ -946,14 +948,14 @@ def pair_objective(model, rows, pad_id, config):
     With --cross each chosen answer is to beat the rejected ones of all B pairs: B^2 comparisons instead of B. With
     --lm_weight both answers are also to be predicted, the hidden tokens too, as in Radford et al. 2018, equation 5."""
     states, starts = pair_states(model.gpt, hide(rows, config.token_dropout, pad_id), pad_id)
-    chosen, rejected = state_scores(model, states, starts, rows, pad_id)
+    logprobs = answer_logprobs(model.gpt, states, starts, rows, pad_id) if config.lm_weight else None
+    chosen, rejected = state_scores(model, states, starts, rows, pad_id, logprobs)
     loss = reward_loss(chosen, rejected)
     if config.cross:
         loss = (1 - config.cross) * loss + config.cross * reward_loss(chosen[:, None], rejected)
     if config.lm_weight:
-        logprobs = torch.stack(answer_logprobs(model.gpt, states, starts, rows, pad_id))
-        lengths = [[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]]
-        loss = loss - config.lm_weight * (logprobs / torch.tensor(lengths, device=logprobs.device)).mean()
+        lengths = torch.tensor([[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]])
+        loss = loss - config.lm_weight * (torch.stack(logprobs) / lengths.to(loss.device)).mean()
     return loss
 
 
@@ -964,13 +966,18 @@ def in_pieces(rows, count):
 
 
 @torch.no_grad()
-def score_pairs(model, rows, pad_id):
-    """Return the margins (N,), chosen minus rejected, of Pairs, on the CPU."""
+def margins_by(scores, rows):
+    """Return the margins (N,), chosen minus rejected, of Pairs, on the CPU; `scores` maps B Pairs to ((B,), (B,))."""
     margins = torch.empty(len(rows))
     for some in pieces(torch.tensor([row.length for row in rows]), math.ceil(len(rows) / 32)):
-        chosen, rejected = pair_scores(model, [rows[i] for i in some.tolist()], pad_id)
+        chosen, rejected = scores([rows[i] for i in some.tolist()])
         margins[some] = (chosen - rejected).cpu()
     return margins
+
+
+def score_pairs(model, rows, pad_id):
+    """Return the margins (N,) of Pairs by a reward model."""
+    return margins_by(lambda some: pair_scores(model, some, pad_id), rows)
 
 
 def train_reward(config):
@@ -1392,17 +1399,14 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
                 {name: run.metrics(key) for name, key in keys.items()}, y_label="score; nats a response")
 
 
-@torch.no_grad()
 def implied_margins(model, start, rows, pad_id):
-    """Return the margins (N,), chosen minus rejected, of DPO's implicit reward log(policy / start) of Pairs."""
-    margins = torch.empty(len(rows))
-    for some in pieces(torch.tensor([row.length for row in rows]), math.ceil(len(rows) / 32)):
-        batch = [rows[i] for i in some.tolist()]
+    """Return the margins (N,) of Pairs by DPO's implicit reward, log(policy / start)."""
+    def gains(some):
         with start() as reference:
-            before = torch.stack(pair_logprobs(reference, batch, pad_id))
-        chosen, rejected = torch.stack(pair_logprobs(model, batch, pad_id)) - before
-        margins[some] = (chosen - rejected).cpu()
-    return margins
+            before = pair_logprobs(reference, some, pad_id)
+        return torch.stack(pair_logprobs(model, some, pad_id)) - torch.stack(before)
+
+    return margins_by(gains, rows)
 
 
 def finish_policy(run, start, prompts, reward, tokenizer, rows=()):
@@ -1696,7 +1700,7 @@ def new_pairs(config, path):
 
 def run_all(config):
     """Train a reward model, then a policy by PPO, then evaluate; --rounds repeats it with pairs of the new policy."""
-    if config.init == "scratch":
+    if config.init == "scratch":  # said before the reward model is trained, not after
         check_scratch(config, "all")
     root = Path(config.out_dir or "out")
     for number in range(1, config.rounds + 1):

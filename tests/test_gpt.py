@@ -368,6 +368,24 @@ def test_left_padded_prompts_of_unequal_length_continue_as_if_alone():
     assert not torch.equal(generate(model, ids, 7, temperature=0)[0, 9:], together[0, 9:])  # the mask matters
 
 
+def test_short_prompts_share_rows_of_the_longest_ones_length(monkeypatch):
+    """Lengths 9, 5, 4, 4, 3, 2 fit into three rows of 9, equal ones and holes share none; and padding is not computed:
+    the model sees 3 x 9 tokens where there were 6 x 9, and every prompt continues as if alone."""
+    def mask_of(*lengths):
+        return torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+
+    assert [sum((9, 5, 4, 4, 3, 2)[i] for i in row) for row in gpt._rows_to_share(mask_of(9, 5, 4, 4, 3, 2))] == [9] * 3
+    assert gpt._rows_to_share(mask_of(4, 4, 4)) == gpt._rows_to_share(torch.tensor([[1, 0, 1], [0, 0, 1]])) == []
+    model, seen, hidden = small_model(), [], GPTModel.hidden
+    monkeypatch.setattr(GPTModel, "hidden", lambda self, ids, *rest: seen.append(ids.shape) or hidden(self, ids, *rest))
+    mask = mask_of(4, 9, 3, 5, 2, 4)
+    ids = torch.randint(50, (6, 9), generator=torch.Generator().manual_seed(1)) * mask
+    together = generate(model, ids, 12, temperature=0, mask=mask)  # the last tokens pass the context of 16
+    assert seen[0] == (3, 9)
+    for row, real, n in zip(together, ids, (4, 9, 3, 5, 2, 4)):
+        assert row[9:].tolist() == plain_greedy(model, real[None, 9 - n :], 12)[0, n:].tolist()
+
+
 def test_chunked_prefill_fills_the_cache_as_one_piece_does():
     """Feeding 10 tokens in pieces of 4, 5 and 1 gives the logits of one forward pass."""
     model, ids = small_model(), torch.randint(50, (2, 10))
