@@ -374,8 +374,8 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty):
     """Return None; raises ValueError for a decoding option outside its range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits / temperature can overflow
+        raise ValueError(f"temperature must be 0 (greedy) or a number from 0.000001 up, not {temperature}")
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be at least 1 and at most the size of the vocabulary, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -433,8 +433,7 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
     check_sampling(config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
     if T == 0 or max_new_tokens < 0:
         raise ValueError("the prompt is empty" if T == 0 else f"max_new_tokens must be at least 0: {max_new_tokens}")
-    if mask is not None and bool((mask == 1).all()):
-        mask = None
+    mask = None if mask is None or bool((mask == 1).all()) else mask.long()  # bool masks are welcome too
     was_training = model.training
     model.eval()
     try:

@@ -332,8 +332,8 @@ def test_repetition_penalty_lowers_only_tokens_that_were_there():
 def test_options_outside_their_range_are_refused():
     """Negative temperature (which would invert the distribution), nan, and impossible top_k, top_p."""
     ids = torch.tensor([[1]])
-    for wrong in (dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=0), dict(top_k=51), dict(top_p=0.0),
-                  dict(top_p=1.5), dict(min_p=-0.1), dict(repetition_penalty=0.0)):
+    for wrong in (dict(temperature=-1.0), dict(temperature=math.nan), dict(temperature=1e-40), dict(top_k=0),
+                  dict(top_k=51), dict(top_p=0.0), dict(top_p=1.5), dict(min_p=-0.1), dict(repetition_penalty=0.0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             generate(small_model(), ids, 2, **wrong)
     with pytest.raises(ValueError, match="empty"):
@@ -384,6 +384,7 @@ def test_short_prompts_share_rows_of_the_longest_ones_length(monkeypatch):
     assert seen[0] == (3, 9)
     for row, real, n in zip(together, ids, (4, 9, 3, 5, 2, 4)):
         assert row[9:].tolist() == plain_greedy(model, real[None, 9 - n :], 12)[0, n:].tolist()
+    assert torch.equal(generate(model, ids, 12, temperature=0, mask=mask.bool()), together)
 
 
 def test_chunked_prefill_fills_the_cache_as_one_piece_does():
