@@ -56,7 +56,8 @@ $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 
 rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too: 3 min
 	$(PYTHON) rlhf.py evaluate --checkpoint $(OUT)/ppo/model.safetensors,$(OUT)/dpo/model.safetensors,$(OUT)/grpo/model.safetensors --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors
-$(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/ppo/evaluation.json
+# The reward model must be there; rlhf-all itself writes evaluation.json anew, which makes neither of the two out of date.
+$(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/sft/summary.json | $(OUT)/ppo/evaluation.json
 	$(PYTHON) rlhf.py $* --out_dir $(OUT)/$* --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors $(AGAIN) $(ARGS)
 
 report: $(OUT)/report.html ## what every stage did and how well, on one page: 5 s

@@ -1961,6 +1961,10 @@ class Parser(argparse.ArgumentParser):
 
 def explain(error):
     """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if isinstance(error, ImportError) and error.name:
+        name, ours = error.name.split(".")[0], "gpt tokenizer data lora gpt2_weights train finetune_cls finetune_sft"
+        return f"{error}; " + (f"copy {name}.py beside this file" if name in ours.split() else
+                               f"install it: python -m pip install --upgrade {name}")
     if not isinstance(error, OSError) or not error.errno:
         return " ".join(str(error).split())
     place = "" if error.filename is None else f"{error.filename}: "
@@ -1978,7 +1982,7 @@ def run(doc, commands, argv=None):
 
     `commands` maps a word to (function, flags), the first word being the default; `flags` maps argparse names to
     options. A user's mistake is one line on stderr: status 2 where the command line alone is wrong (argparse's errors,
-    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError or OSError found later."""
+    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError, OSError or ImportError found later."""
     argv = list(sys.argv[1:] if argv is None else argv)
     script = f"python {os.path.basename(__file__)}"
     parsers = {}
@@ -2001,7 +2005,7 @@ def run(doc, commands, argv=None):
         print(f"error: unknown command {word!r}; one of: {', '.join(parsers)}; see {script} --help", file=sys.stderr)
         return 2
     try:
-        args = parsers[word].parse_args(argv)
+        args = parsers[word].parse_args(argv, argparse.Namespace(argv=[word, *argv]))
     except SystemExit as stop:
         return stop.code
     try:
@@ -2011,7 +2015,7 @@ def run(doc, commands, argv=None):
     except BrokenPipeError:  # the reader of our output, `| head` for one, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (argparse.ArgumentError, ValueError, OSError) as error:
+    except (argparse.ArgumentError, ValueError, OSError, ImportError) as error:
         if args.debug:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)

@@ -16,8 +16,9 @@ tokens beside it (Radford et al. 2018, equation 5), and --token_dropout hides so
 Reads label<TAB>text, .csv and .jsonl with `label` and `text` (any number of classes, any names), or a dataset's name.
 Equal messages (but for case and spaces) fall to the same part of the split, which depends on --seed alone. Writes into
 --out_dir: model.safetensors (the weights with the best validation loss, with tokenizer and label names), adapter/ (with
---lora_rank), state.pt, metrics.jsonl, curves.svg, and summary.json, which has the test figures with 95% intervals,
-those of two baselines on the same messages, and the split's fingerprint. --seeds 5 repeats it all on five splits.
+--lora_rank), state.pt, metrics.jsonl, curves.svg, accuracy.svg, and summary.json, which has the test figures with 95%
+intervals, those of two baselines on the same messages, and the split's fingerprint. --seeds 5 repeats it all on five
+splits: each run stands in --out_dir's seedN/, and --out_dir itself holds only a summary.json of their means.
 
 As a library:
 
@@ -50,12 +51,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from data import json_sha256, read_labelled, seeded, split, tinyworld
 from gpt import pick_device
-from train import (Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
-                   new_model, next_token_loss, option, run_script, saved_options, total_steps, write_json)
+from train import (Options, Run, Z, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
+                   new_model, next_token_loss, option, run_script, saved_options, total_steps, wilson, write_json)
 
 LAYERS = {"head": 0, "last-block": 1, "last-two": 2, "all": None, "lora": None}  # blocks that train, None = see there
 PARTS = ("train", "val", "test")
-Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
 
 
 @dataclass
@@ -321,7 +321,7 @@ def scratch_tokenizer(config, texts):
         return WordTokenizer.train(texts)
     if config.tokenizer == "bpe":
         return BPETokenizer.train(texts, config.vocab_size, split_digits=True)
-    if config.tokenizer != "gpt2" and not Path(config.tokenizer).is_file():
+    if config.tokenizer != "gpt2" and not Path(config.tokenizer).exists():
         raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; give bpe, char, word, gpt2 or a file")
     return load_tokenizer(config.tokenizer)
 
@@ -357,16 +357,6 @@ def choose_trained(model, config):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures and baselines
-
-
-def interval(correct, n):
-    """Return (low, high), the 95% interval of a share of `correct` in n (Wilson 1927).
-
-    Unlike share +- 1.96 standard errors it stays within 0 and 1: interval(10, 10) -> (0.722, 1.0)"""
-    share, spread = correct / n, Z * Z / n
-    middle = share + spread / 2
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4)
-    return (middle - half) / (1 + spread), min(1.0, (middle + half) / (1 + spread))
 
 
 def difference(only_first, only_second, n):
@@ -452,7 +442,7 @@ def figures_of(logits, messages, labels, positive=None):
     wrong = sorted((i for i in range(len(rows)) if not correct[i]), key=lambda i: -confidences[i])[:10]
     return {
         "loss": F.cross_entropy(logits.float(), messages.labels).item(), "accuracy": sum(correct) / len(correct),
-        "accuracy_interval": interval(sum(correct), len(correct)), "f1": f1_score(matrix, positive),
+        "accuracy_interval": wilson(sum(correct), len(correct)), "f1": f1_score(matrix, positive),
         "calibration_error": calibration_error(confidences, correct), "confusion": matrix,
         "classes": {label: {"messages": sum(row), "precision": p, "recall": r, "f1": f1}
                     for label, row, (p, r, f1) in zip(labels, matrix, class_figures(matrix))},

@@ -61,7 +61,7 @@ from data import (TEMPLATES, TINYWORLD_KINDS, collate_instructions, epoch_order,
                   format_response, prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
 from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_start, make_optimizers, option,
-                   process, run_script, share, together, total_steps, train_each_seed, wait, write_json)
+                   process, run_script, share, together, total_steps, train_each_seed, wait, wilson, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
 TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what six minutes have time for
@@ -136,7 +136,7 @@ def open_model(config, source):
     """Return (model, tokenizer, made, config with defaults) of a GPT-2 name or a checkpoint of the generating kind."""
     config = copy.copy(config)
     config.init = source
-    model, tokenizer, made = load_start(config, "python finetune_sft.py")
+    model, tokenizer, made = load_start(config, MADE_BY)
     if made.get("kind", "gpt") != "gpt":
         raise ValueError(f"{source} is a {made['kind']}, which writes no text; give a model of {MADE_BY}")
     if tokenizer.eot_id is None:
@@ -416,7 +416,8 @@ def answer_rows(model, tokenizer, entries, maker, config, stored, save=None):
 
     `save` is called with the rows of each batch as they come."""
     known = {prompt_of(row): row for row in stored if row.get("made_by") == maker}
-    found = {index: known[prompt_of(entry)] for index, entry in enumerate(entries) if prompt_of(entry) in known}
+    found = {index: {**known[prompt_of(entry)], "reference": entry.get("output", "")}  # one prompt may have several
+             for index, entry in enumerate(entries) if prompt_of(entry) in known}
     clock = time.monotonic()
     for indices, answers in answer_batches(model, tokenizer, entries, config.template, config.max_new_tokens,
                                            temperature=config.temperature, seed=config.seed, done=found):
@@ -434,15 +435,14 @@ def answer_all(model, tokenizer, entries, path, maker, config):
     """Return the answered entries as written to `path`, a responses.json; a stopped call goes on where it was."""
     partial = path.with_suffix(".partial.jsonl")
     stored = (stored_responses(path) if path.exists() else []) + finished_lines(partial)
-
-    def save(rows):
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with gpt.replacing(partial) as whole:  # without a line that was cut when the call was stopped
         whole.write("".join(json.dumps(row) + "\n" for row in stored).encode())
     with open(partial, "a", encoding="utf-8") as file:
+        def save(rows):
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+
         rows = answer_rows(model, tokenizer, entries, maker, config, stored, save)
     if not path.exists() or stored_responses(path) != rows:
         write_json(path, rows)
@@ -461,14 +461,6 @@ def answered(entry, response, ended, maker):
 # Scores
 
 
-def wilson(hits, n, z=1.96):
-    """Return the 95% interval (low, high) of a share of `hits` in `n` (Wilson 1927): sound even at 0 and at n."""
-    if not n:
-        return 0.0, 1.0
-    centre, spread = hits / n + z * z / (2 * n), z * math.sqrt(hits / n * (1 - hits / n) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
-
-
 def bootstrap(values, resamples=2000, seed=0):
     """Return the 95% interval (low, high) of the mean of `values`, by drawing them anew with replacement.
 
@@ -484,8 +476,7 @@ def bootstrap(values, resamples=2000, seed=0):
 def token_f1(response, reference):
     """Return the overlap of words, 0 to 1: the harmonic mean of precision and recall (Rajpurkar et al. 2016)."""
     ours, theirs = (Counter(WORD.findall(strip_manner(text.strip()).lower())) for text in (response, reference))
-    shared = (ours & theirs).total() if hasattr(Counter, "total") else sum((ours & theirs).values())
-    return 2 * shared / max(1, sum(ours.values()) + sum(theirs.values()))
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
 
 
 def kept_form(row, template):
@@ -498,14 +489,14 @@ def score_rows(rows, template):
     """Return the figures of answered entries: exact match overall, by kind and on unseen words, F1, form, intervals."""
     known, unseen = ([row for row in rows if bool(row.get("unseen")) is flag] for flag in (False, True))
     hits = {id(row): exact_match(row["response"], row["reference"]) for row in rows}
-    share = lambda part: sum(hits[id(row)] for row in part) / len(part) if part else None  # noqa: E731
+    right = lambda part: sum(hits[id(row)] for row in part) / len(part) if part else None  # noqa: E731
     kinds = {}
     for row in known:
         kinds.setdefault(row.get("kind"), []).append(row)
     return {
-        "exact_match": share(known), "exact_match_interval": wilson(sum(hits[id(row)] for row in known), len(known)),
-        "exact_match_by_kind": {kind: share(part) for kind, part in kinds.items() if kind},
-        "exact_match_unseen_words": share(unseen), "questions": len(known), "questions_unseen_words": len(unseen),
+        "exact_match": right(known), "exact_match_interval": wilson(sum(hits[id(row)] for row in known), len(known)),
+        "exact_match_by_kind": {kind: right(part) for kind, part in kinds.items() if kind},
+        "exact_match_unseen_words": right(unseen), "questions": len(known), "questions_unseen_words": len(unseen),
         "token_f1": sum(token_f1(row["response"], row["reference"]) for row in rows) / len(rows),
         "ended": sum(bool(row.get("ended", True)) for row in rows) / len(rows),
         "kept_form": sum(kept_form(row, template) for row in rows) / len(rows)}
@@ -691,9 +682,9 @@ class Judge:
     def reply(self, prompt, seed):
         """Return the judge's reply to a prompt, from the file where it is there."""
         key = hashlib.sha256(f"{self.name}\n{seed}\n{prompt}".encode()).hexdigest()
-        if key not in self.replies:
+        if not self.replies.get(key):
             self.replies[key] = self.ask(prompt, seed=seed)
-            if self.path:
+            if self.path and self.replies[key]:  # where there is none, a larger context may bring one next time
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "judge": self.name, "reply": self.replies[key]}) + "\n")
@@ -778,7 +769,11 @@ def evaluate_and_keep(run, model, tokenizer, items, entries, config, context, to
 
 def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, loss, better):
     """Log, show and draw an evaluation with two answers, and keep the weights or adapters if they are the best."""
-    run.log(val_loss=loss)
+    shown = [entries[(run.step // max(1, config.eval_every) + n) % len(entries)] for n in range(2)]
+    texts = respond(model, tokenizer, shown, config.template, config.max_new_tokens)
+    run.log(val_loss=loss, samples=f"--- step {run.step}, validation loss {loss:.4f}\n" + "".join(
+        f"instruction: {prompt_of(entry)}\nreference: {entry['output']}\nresponse: {text}\n\n"
+        for entry, text in zip(shown, texts)))
     if better and config.lora_rank:
         from lora import save_lora
 
@@ -786,13 +781,10 @@ def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, los
     elif better:
         gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer_dict, **made_here(run, config, loss))
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}" + ("  best" if better else ""), file=sys.stderr)
-    shown = [entries[(run.step // max(1, config.eval_every) + n) % len(entries)] for n in range(2)]
-    texts = respond(model, tokenizer, shown, config.template, config.max_new_tokens)
-    with open(run.folder / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"--- step {run.step}, validation loss {loss:.4f}\n")
-        for entry, text in zip(shown, texts):
-            print(f"  {' / '.join(prompt_of(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
-            file.write(f"instruction: {prompt_of(entry)}\nreference: {entry['output']}\nresponse: {text}\n\n")
+    for entry, text in zip(shown, texts):
+        print(f"  {' / '.join(prompt_of(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
+    with gpt.replacing(run.folder / "samples.txt") as file:  # from the log, which a resumed run cuts where it goes on
+        file.write("".join(text for _, text in run.metrics("samples")).encode())
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", "Instruction tuning", curves, y_label="loss, nats a response token")
 
@@ -895,10 +887,10 @@ def train_once(config):
 
 def finish(run, entries, items, tokenizer, config, context, report, nearest):
     """Return the summary after answering the test set with the first and the best model."""
-    first, best = open_model(config, config.init)[0].to(run.model.device), best_model(run, config, tokenizer.to_dict())
+    start, best = open_model(config, config.init)[0].to(run.model.device), best_model(run, config, tokenizer.to_dict())
     scores = []
     for model, source, asked, name in (
-            (first, config.init, entries[:BEFORE], "responses.before.json"),
+            (start, config.init, entries[:BEFORE], "responses.before.json"),
             (best, str(run.folder / "model.safetensors"), entries, "responses.json")):
         rows = answer_all(model, tokenizer, asked, run.folder / name, made_by(source, config), config)
         scores.append(score_rows(rows, config.template))
@@ -908,7 +900,7 @@ def finish(run, entries, items, tokenizer, config, context, report, nearest):
         perplexity=perplexity(best, items, tokenizer, context), train_loss=run.loss_sum / max(1, run.count),
         val_loss=run.best_value, tokens=run.tokens, template=config.template, data_report=report)
     low, high = after["exact_match_interval"]
-    kinds = "  ".join(f"{kind} {share:.0%}" for kind, share in after["exact_match_by_kind"].items())
+    kinds = "  ".join(f"{kind} {right:.0%}" for kind, right in after["exact_match_by_kind"].items())
     print(f"tuned: exact match {after['exact_match']:.1%} [{low:.1%}, {high:.1%}] of {after['questions']:,}, before "
           f"{before['exact_match']:.1%}, nearest example {nearest:.1%}"
           + (f", unseen words {after['exact_match_unseen_words']:.1%}" if after["questions_unseen_words"] else "")
@@ -923,6 +915,8 @@ def finish(run, entries, items, tokenizer, config, context, report, nearest):
 def checkpoint_of(config):
     """Return the model that respond, chat and evaluate read; raises FileNotFoundError that says how to make it."""
     source = config.checkpoint or f"{config.out_dir}/model.safetensors"
+    if source.endswith(".json"):
+        raise argparse.ArgumentError(None, f"--checkpoint {source} is no model; evaluate takes responses as --against")
     if source not in GPT_CONFIGS and not Path(source).is_file():
         raise FileNotFoundError(f"no checkpoint {source}; make one with: python finetune_sft.py")
     return source
@@ -951,9 +945,11 @@ def respond_command(config):
         wanted = {prompt_of(entry) for entry in entries}
         if any(row.get("made_by") != maker or prompt_of(row) not in wanted for row in stored_responses(path)):
             raise argparse.ArgumentError(None, f"{path} holds responses of another model or to other prompts: --fresh "
-                                               "replaces it, or give another --out")
-    if config.fresh:
-        path.unlink(missing_ok=True)
+                                               "moves it aside, or give another --out")
+    if config.fresh and path.exists():
+        number = next(n for n in itertools.count(1) if not Path(f"{path}.{n}").exists())
+        aside = path.rename(f"{path}.{number}")
+        print(f"moved {path} to {aside}", file=sys.stderr)
     rows = answer_all(model, tokenizer, entries, path, maker, config)
     figures = score_rows(rows, config.template)
     print(f"{len(rows):,} responses in {path}: exact match {figures['exact_match']:.1%}, F1 {figures['token_f1']:.3f}, "

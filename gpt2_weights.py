@@ -758,9 +758,10 @@ def hf_tensors(model):
     Raises ValueError where the model holds other tensors than its config says: adapters, or a classifier's head."""
     wanted = {name: tensor.shape for name, tensor in meta_model(model.config).state_dict().items()}
     found = model.state_dict()
-    for name in sorted(set(wanted) ^ set(found)) or [name for name in wanted if wanted[name] != found[name].shape]:
-        raise ValueError(f"{name}: only a language model can be exported; merge adapters first (python lora.py merge), "
-                         "and a classifier's head has no place in GPT-2")
+    odd = sorted(set(wanted) ^ set(found)) or [name for name in wanted if wanted[name] != found[name].shape]
+    if odd:
+        raise ValueError(f"{odd[0]}: only a language model can be exported; merge adapters first (python lora.py "
+                         "merge), and a classifier's head has no place in GPT-2")
     tensors = {}
     for name, tensor in found.items():
         theirs = gpt2_name(name)
@@ -857,6 +858,10 @@ class Parser(argparse.ArgumentParser):
 
 def explain(error):
     """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if isinstance(error, ImportError) and error.name:
+        name, ours = error.name.split(".")[0], "gpt tokenizer data lora gpt2_weights train finetune_cls finetune_sft"
+        return f"{error}; " + (f"copy {name}.py beside this file" if name in ours.split() else
+                               f"install it: python -m pip install --upgrade {name}")
     if not isinstance(error, OSError) or not error.errno:
         return " ".join(str(error).split())
     place = "" if error.filename is None else f"{error.filename}: "
@@ -874,7 +879,7 @@ def run(doc, commands, argv=None):
 
     `commands` maps a word to (function, flags), the first word being the default; `flags` maps argparse names to
     options. A user's mistake is one line on stderr: status 2 where the command line alone is wrong (argparse's errors,
-    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError or OSError found later."""
+    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError, OSError or ImportError found later."""
     argv = list(sys.argv[1:] if argv is None else argv)
     script = f"python {os.path.basename(__file__)}"
     parsers = {}
@@ -897,7 +902,7 @@ def run(doc, commands, argv=None):
         print(f"error: unknown command {word!r}; one of: {', '.join(parsers)}; see {script} --help", file=sys.stderr)
         return 2
     try:
-        args = parsers[word].parse_args(argv)
+        args = parsers[word].parse_args(argv, argparse.Namespace(argv=[word, *argv]))
     except SystemExit as stop:
         return stop.code
     try:
@@ -907,7 +912,7 @@ def run(doc, commands, argv=None):
     except BrokenPipeError:  # the reader of our output, `| head` for one, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (argparse.ArgumentError, ValueError, OSError) as error:
+    except (argparse.ArgumentError, ValueError, OSError, ImportError) as error:
         if args.debug:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -974,7 +979,10 @@ def get_command(args):
 
 def import_command(args):
     """Write GPT-2's weights, from a name, folder or file, as a checkpoint of ours."""
-    model, (_, path) = load_gpt2(args.source, args.context_length), locate_gpt2(args.source)
+    path = locate_gpt2(args.source)[1]
+    if Path(args.out).resolve() in (path.resolve(), path.resolve() / "model.safetensors"):
+        raise argparse.ArgumentError(None, f"--out {args.out} would overwrite --source; give another --out")
+    model = load_gpt2(args.source, args.context_length)
     tokenizer = tokenizer_of(path if path.is_dir() else path.parent, model.config.vocab_size)
     save_checkpoint(args.out, model, tokenizer, source=args.source)
     print(f"{args.out}: {model.config}" + ("" if tokenizer else "; without a tokenizer, its files are not there"))
@@ -984,6 +992,10 @@ def export_command(args):
     """Write a checkpoint of ours, or a published size, as a folder that transformers loads."""
     from tokenizer import from_dict
 
+    there = Path(args.out, "model.safetensors")
+    exported = there.with_name("config.json").exists() and there.resolve() != Path(args.source).resolve()
+    if there.exists() and not exported:
+        raise argparse.ArgumentError(None, f"{there} is there and no earlier export; give another --out")
     if args.source in GPT_CONFIGS:
         model = load_gpt2(args.source)
         tokenizer = tokenizer_of(locate_gpt2(args.source)[1], model.config.vocab_size)

@@ -576,6 +576,10 @@ class Parser(argparse.ArgumentParser):
 
 def explain(error):
     """Return an error as one line; one of the operating system's as path, reason and what to do."""
+    if isinstance(error, ImportError) and error.name:
+        name, ours = error.name.split(".")[0], "gpt tokenizer data lora gpt2_weights train finetune_cls finetune_sft"
+        return f"{error}; " + (f"copy {name}.py beside this file" if name in ours.split() else
+                               f"install it: python -m pip install --upgrade {name}")
     if not isinstance(error, OSError) or not error.errno:
         return " ".join(str(error).split())
     place = "" if error.filename is None else f"{error.filename}: "
@@ -593,7 +597,7 @@ def run(doc, commands, argv=None):
 
     `commands` maps a word to (function, flags), the first word being the default; `flags` maps argparse names to
     options. A user's mistake is one line on stderr: status 2 where the command line alone is wrong (argparse's errors,
-    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError or OSError found later."""
+    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError, OSError or ImportError found later."""
     argv = list(sys.argv[1:] if argv is None else argv)
     script = f"python {os.path.basename(__file__)}"
     parsers = {}
@@ -616,7 +620,7 @@ def run(doc, commands, argv=None):
         print(f"error: unknown command {word!r}; one of: {', '.join(parsers)}; see {script} --help", file=sys.stderr)
         return 2
     try:
-        args = parsers[word].parse_args(argv)
+        args = parsers[word].parse_args(argv, argparse.Namespace(argv=[word, *argv]))
     except SystemExit as stop:
         return stop.code
     try:
@@ -626,7 +630,7 @@ def run(doc, commands, argv=None):
     except BrokenPipeError:  # the reader of our output, `| head` for one, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (argparse.ArgumentError, ValueError, OSError) as error:
+    except (argparse.ArgumentError, ValueError, OSError, ImportError) as error:
         if args.debug:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -736,19 +740,30 @@ def compare_command(args):
         if name != "full" and None not in (full, row["score"]):
             gaps[name] = 100 * (full - row["score"])
             print(f"{name}: {abs(gaps[name]):.1f} points {'below' if gaps[name] > 0 else 'above'} full fine-tuning")
-    summary = {"stage": "lora", "seconds": time.perf_counter() - started, "command": sys.argv, "task": args.task,
-               "score_name": score, "runs": rows, "points_below_full": gaps}
+    last = json.loads((out_dir / f"rank{args.lora_rank[-1]}" / "summary.json").read_bytes())  # all saw the same data
+    summary = {"stage": "lora", "seconds": time.perf_counter() - started,
+               "command": shlex.join(["python", "lora.py", *args.argv]),
+               **{key: last[key] for key in ("steps", "versions", "seed", "data") if key in last},
+               "config": {key: value for key, value in vars(args).items() if key not in ("argv", "debug")},
+               "task": args.task, "score_name": score, "runs": rows, "points_below_full": gaps}
     write_bytes(out_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
 @torch.no_grad()
 def merge_command(args):
     """Write a plain checkpoint: the base with the adapter's update added to its weights."""
-    from gpt import save_checkpoint
+    from gpt import read_safetensors, save_checkpoint
 
     if Path(args.out).resolve() == Path(args.checkpoint).resolve():
         raise argparse.ArgumentError(None, "--out would overwrite --checkpoint; give another --out")
     model, tokenizer, made = load_adapted(args.checkpoint, args.adapter)
+    whole = Path(args.adapter).parent / "model.safetensors"  # the run's own knows labels, template and figures
+    metadata = read_safetensors(whole)[1] if whole.is_file() else {}
+    base = {key: value for key, value in made.items() if key not in ("stage", "step", "val_loss")}  # of other weights
+    made = json.loads(metadata["made"]) if "made" in metadata else base
+    if model.out_head.out_features != model.config.vocab_size and "labels" not in made:
+        raise ValueError(f"{args.adapter} belongs to a classifier or reward model, and no {whole} says what its scores "
+                         "mean; use that run's own model.safetensors, which is merged already")
     ids = torch.arange(min(64, model.config.context_length))[None] % model.config.vocab_size
     before, count = model(ids), len(lora_layers(model))
     largest = (merge_lora(model, keep=False)(ids) - before).abs().max()

@@ -64,12 +64,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, format_response, gold_score, json_sha256,
                   preference, prompt_of, read_preferences, rubric_parts, seeded, split, tinyworld)
-from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses, wilson)
+from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses)
 from gpt import generate, pick_device
-from train import (Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
-                   new_model, option, run_script, total_steps, train_each_seed, write_json)
+from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
+                   new_model, option, run_script, total_steps, train_each_seed, wilson, write_json)
 
-Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
 HEADS = ("linear", "mlp", "likelihood", "mean")
 STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
     "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), optimizer="muon", eval_every=125),
@@ -165,6 +164,7 @@ class Config(Options):
     against: str = option("", "evaluate: a responses.json whose answers are the opponent instead of the start's")
     judge: str = option("", "evaluate, rate, all: ollama, openai or a URL, as in finetune_sft.py; empty = no judge")
     judge_model: str = option("llama3", "the judge's name there")
+    judge_context: int = option(8192, "tokens that the judge is asked to read at once", low=512)
     judge_examples: int = option(100, "evaluate: ask about the first so many prompts", low=1)
     ratings: str = option("out/ratings/ratings.jsonl", "rate: the file of comparisons that is appended to")
     rounds: int = option(1, "all: repetitions, each with new pairs of the last policy's responses", low=1)
@@ -807,8 +807,8 @@ class Setting(NamedTuple):
 def open_setting(config, stage):
     """Return the Setting of a command, its own defaults filled in; with --lora_rank the model has adapters."""
     given = getattr(config, "command_line", "")
-    own = {name: value for name, value in STAGES[stage].items() if getattr(config, name, None) == -1}
-    config = dataclasses.replace(config, out_dir=config.out_dir or f"out/{stage}", **own)
+    unset = {name: value for name, value in STAGES[stage].items() if getattr(config, name, None) == -1}
+    config = dataclasses.replace(config, out_dir=config.out_dir or f"out/{stage}", **unset)
     config.command_line = given
     device = pick_device(config.device)
     context = autocast(config, device)
@@ -1081,12 +1081,12 @@ def finish_reward(run, parts, rows):
         accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
         accuracy_truth=truth.mean().item() if len(truth) else None, truth_pairs=len(truth),
         naive_bayes_accuracy=bayes.mean().item(), ahead_of_naive_bayes=(hits - bayes).mean().item(),
-        ahead_interval=interval(hits - bayes), margin=margins.mean().item(), val_loss=run.best_value,
+        ahead_interval=half_width(hits - bayes), margin=margins.mean().item(), val_loss=run.best_value,
         test_loss=-F.logsigmoid(margins).mean().item(), calibration_error=calibration(margins), test_pairs=len(hits))
     where = "" if not len(truth) else f", {truth.mean():.1%} of the {len(truth)} where only truth decides"
     print(f"reward model: accuracy {hits.mean():.1%} ({low:.1%} to {high:.1%}) on {len(hits):,} held-out pairs{where}; "
           f"going by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {(hits - bayes).mean():.1%} "
-          f"+-{interval(hits - bayes):.1%}); margin {margins.mean():.2f}, calibration error "
+          f"+-{half_width(hits - bayes):.1%}); margin {margins.mean():.2f}, calibration error "
           f"{summary['calibration_error']:.3f}; {summary['seconds']:.0f} s; {run.folder}/model.safetensors")
     return summary
 
@@ -1226,7 +1226,7 @@ def train_policy(config, stage):
     config, context, model, tokenizer, template, parts = open_setting(config, stage)
     prompts, val_prompts, test_prompts = (make_prompts(part, tokenizer, template, config, model) for part in parts)
     reward, start = load_reward(config.reward, model.device), start_of(model)
-    policy = Policy(model).to(model.device)
+    policy = Policy(model).to(model.device).eval()  # dropout is off throughout, see `play`
     policy.value_head.requires_grad_(stage == "ppo")
     run = Run(config, stage)
     if summary := run.finished():
@@ -1382,18 +1382,16 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
                          "can be learnt from them; look at --reward")
     figures = {f"val_{key}": found[key].mean().item() for key in ("reward", "kl", "gold") if found[key] is not None}
     better = run.best(run.config.kl_coef * figures["val_kl"] - figures["val_reward"])
-    run.log(**figures)
+    line = "  ".join(f"{key} {value:.3f}" for key, value in figures.items()) + ("  best" if better else "")
+    shown = [(run.step + number * 37) % len(prompts) for number in range(min(3, len(prompts)))]
+    samples = [f"{prompts[i].text}  ->  {found['responses'][i]}".replace("\n", " / ") for i in shown]
+    run.log(**figures, samples=f"--- step {run.step}  {line}\n" + "".join(
+        f"{sample}  ({found['reward'][i]:.2f})\n" for i, sample in zip(shown, samples)))
     if better:
         save_policy(run, policy.gpt, tokenizer, template, **figures)
-    line = "  ".join(f"{key} {value:.3f}" for key, value in figures.items()) + ("  best" if better else "")
-    print(f"step {run.step}/{run.total}  {line}", file=sys.stderr)
-    with open(run.folder / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"--- step {run.step}  {line}\n")
-        for number in range(min(3, len(prompts))):
-            number = (run.step + number * 37) % len(prompts)
-            sample = f"{prompts[number].text}  ->  {found['responses'][number]}".replace("\n", " / ")
-            print(f"  {sample}", file=sys.stderr)
-            file.write(f"{sample}  ({found['reward'][number]:.2f})\n")
+    print("\n  ".join([f"step {run.step}/{run.total}  {line}", *samples]), file=sys.stderr)
+    with gpt.replacing(run.folder / "samples.txt") as file:  # from the log, which a resumed run cuts where it goes on
+        file.write("".join(text for _, text in run.metrics("samples")).encode())
     keys = {"reward": "val_reward", "KL to the start": "val_kl", "gold score": "val_gold"}
     draw_curves(run.folder / "curves.svg", f"{run.stage.upper()}, validation prompts",
                 {name: run.metrics(key) for name, key in keys.items()}, y_label="score; nats a response")
@@ -1437,7 +1435,7 @@ def finish_policy(run, start, prompts, reward, tokenizer, rows=()):
     return summary
 
 
-def interval(values):
+def half_width(values):
     """Return half the width of the 95% interval of the mean of values (N,)."""
     return Z * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
@@ -1454,7 +1452,7 @@ def figures_of(found, opponent):
     judge = "gold" if "gold" in columns else "reward"
     if found is not opponent and judge in columns:
         columns["wins"] = correct(found[judge] - opponent[judge])
-    return {name: (values.mean().item(), interval(values)) for name, values in columns.items()}
+    return {name: (values.mean().item(), half_width(values)) for name, values in columns.items()}
 
 
 COLUMNS = {"gold": "gold score", "reward": "reward", "kl": "KL, nats", "exact": "exact match", "length": "tokens",
@@ -1543,7 +1541,7 @@ def evaluate(config):
     opponent = opponent or found["start"]
     judged, n = {}, config.judge_examples
     if config.judge:
-        judge = Judge(config.judge, config.judge_model, Path(files[0]).with_name("judge.jsonl"))
+        judge = Judge(config.judge, config.judge_model, Path(files[0]).with_name("judge.jsonl"), config.judge_context)
         judged = {name: judged_wins(judge, prompts[:n], one["responses"], opponent["responses"])
                   for name, one in found.items() if one is not opponent}
     rows = print_table(found, opponent, judged)
@@ -1608,7 +1606,8 @@ def rater_of(config):
     """Return the function (prompt, first, second, place) -> choice of a person, or of --judge."""
     if not config.judge:
         return ask_person
-    judge = Judge(config.judge, config.judge_model, Path(config.ratings).with_suffix(".judge.jsonl"))
+    judge = Judge(config.judge, config.judge_model, Path(config.ratings).with_suffix(".judge.jsonl"),
+                  config.judge_context)
 
     def ask(prompt, first, second, place):
         choice = judge.prefer({"instruction": prompt.text, "reference": prompt.reference}, first, second)
@@ -1616,6 +1615,12 @@ def rater_of(config):
         return {1: 1, 2: 2, 0: "tie", None: "skip"}[choice]
 
     return ask
+
+
+def prefer_by_gold(prompt, first, second, place):
+    """Return 1, 2 or "tie": which response tinyworld's rubric gives the higher score."""
+    lead = gold_score(prompt.text, first) - gold_score(prompt.text, second)
+    return 1 if lead > 0 else 2 if lead < 0 else "tie"
 
 
 def offers(models, prompts, tokenizer, config, count=16):
@@ -1640,6 +1645,8 @@ def rate(config):
         raise argparse.ArgumentError(None, f"--checkpoint names {len(sources)} models; rate compares one or two")
     opened = [open_policy(source, device) for source in sources]
     model, tokenizer, template = opened[0]
+    if opened[-1][1].to_dict() != tokenizer.to_dict():
+        raise ValueError(f"{sources[1]} has another tokenizer than {sources[0]}: they cannot be compared")
     template = template if config.template == "auto" else config.template
     pairs = load_pairs(config)[0 if len(sources) == 1 else 2]  # to train on, or to compare two models on
     ratings, ask = Ratings(config.ratings), rater_of(config)
@@ -1655,7 +1662,11 @@ def rate(config):
         if choice == "quit":
             break
         if choice == "undo":
-            at -= ratings.undo()
+            while ratings.undo():
+                at -= 1
+                (first, _), (second, _) = shown[at][1]
+                if first != second:  # equal ones would be a tie again at once
+                    break
             continue
         ratings.add({"prompt": prompt.text, "response_1": first, "response_2": second, "preferred": choice,
                      "from_1": from_1, "from_2": from_2, "rater": config.judge_model if config.judge else "person"})
@@ -1683,8 +1694,7 @@ def new_pairs(config, path):
     prompts = make_prompts(load_pairs(config)[0], tokenizer, template, config, model)[: config.round_pairs]
     if not config.judge and rubric(gold_score, [prompts[0].text], [""]) is None:
         raise ValueError("--rounds needs a rater for the new pairs: --data tinyworld, or --judge")
-    judge = rater_of(config) if config.judge else lambda prompt, first, second, place: {1: 1, 0: 2, 0.5: "tie"}[
-        correct(torch.tensor([gold_score(prompt.text, first) - gold_score(prompt.text, second)])).item()]
+    judge = rater_of(config) if config.judge else prefer_by_gold
     rows = [{"prompt": prompt.text, "response_1": first, "response_2": second,
              "preferred": judge(prompt, first, second, f"{number} of {len(prompts)}")}
             for number, (prompt, ((first, _), (second, _))) in enumerate(
@@ -1700,6 +1710,8 @@ def new_pairs(config, path):
 
 def run_all(config):
     """Train a reward model, then a policy by PPO, then evaluate; --rounds repeats it with pairs of the new policy."""
+    if config.seeds > 1:
+        raise argparse.ArgumentError(None, "--seeds goes with reward, ppo, dpo or grpo; leave it out with all")
     if config.init == "scratch":  # said before the reward model is trained, not after
         check_scratch(config, "all")
     root = Path(config.out_dir or "out")
@@ -1722,8 +1734,8 @@ def over_seeds(train, config, stage):
     summaries = train_each_seed(train, config, folder)
     if config.seeds == 1:
         return summaries[0]
-    figures = {key: [summary[key] for summary in summaries] for key, value in summaries[0].items()
-               if type(value) is float}
+    figures = {key: [summary[key] for summary in summaries] for key in summaries[0]  # resumed, it has means of its own
+               if all(type(summary.get(key)) is float for summary in summaries)}
     spread = {f"{key}_{name}": function(values) for key, values in figures.items()
               for name, function in (("mean", statistics.mean), ("std", statistics.stdev))}
     summary = {**summaries[0], **spread}

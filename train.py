@@ -222,7 +222,7 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
     except BrokenPipeError:  # the reader of our output, `| head` for one, has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (argparse.ArgumentError, ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (argparse.ArgumentError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         memory = out_of_memory(error)
         gone = several and (isinstance(error, dist.DistError) or "gloo" in str(error))  # met outside of `lost`
         if debug or type(error) is RuntimeError and not (memory or gone):
@@ -449,7 +449,8 @@ def autocast(config, device):
     Raises ArgumentError for bfloat16 on a CPU without units for it: there it was measured 8 times slower."""
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if units else "float32"
     if dtype == "float32":
         return contextlib.nullcontext()
     if device.type == "cpu" and not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
@@ -467,7 +468,7 @@ def decay_groups(model, weight_decay):
 def make_optimizers(model, config):
     """Return the list of optimizers for the trainable parameters: AdamW, or Muon for the blocks' matrices and AdamW.
 
-    Each group keeps its `peak` rate, which `set_rate` scales."""
+    Each group keeps its `peak` rate, which `Run.apply` scales."""
     matrices = set()
     optimizers = []
     if config.optimizer == "muon":
@@ -515,12 +516,13 @@ def orthogonalise(matrices, steps=5):
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
     wide = x.shape[2] >= 2 * x.shape[1]
-    for step in range(steps):  # x becomes (a + b gram + c gram^2) x
-        gram = factor @ gram @ factor if wide and step else x @ x.transpose(1, 2)
+    factor = product = None  # of the step before, and of all so far
+    for _ in range(steps):  # x becomes (a + b gram + c gram^2) x
+        gram = x @ x.transpose(1, 2) if product is None else factor @ gram @ factor
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         if wide:  # gather the factors, so that only small matrices are multiplied: half the time for 1 x 4
             factor.diagonal(dim1=1, dim2=2).add_(a)
-            product = factor @ product if step else factor
+            product = factor if product is None else factor @ product
         else:
             x = torch.baddbmm(x, factor, x, beta=a)
     x = product @ x if wide else x
@@ -595,7 +597,12 @@ def load_start(config, default_command):
         from gpt2_weights import load_gpt2
 
         model, tokenizer, made = load_gpt2(config.init), load_tokenizer("gpt2"), {"kind": "gpt", "init": config.init}
-    elif not Path(config.init).is_file():
+    elif (folder := Path(config.init)).is_dir():
+        theirs = (folder / "config.json").is_file()
+        raise ValueError(f"--init {folder} is a folder; " + (
+            f"if Hugging Face's, make a checkpoint of it: python gpt2_weights.py import --source {folder}" if theirs
+            else f"name the file, such as {folder / 'model.safetensors'}"))
+    elif not folder.is_file():
         raise FileNotFoundError(f"--init {config.init} does not exist; make it with: {default_command}")
     else:
         model, tokenizer, made = gpt.load_checkpoint(config.init)
@@ -630,10 +637,19 @@ class Stopped(Exception):
         self.signal = number
 
 
+# Options that may change when a run goes on, as they decide nothing in it; the second line's are for other commands.
+FREE = {"resume", "fresh", "debug", "log_every", "save_every", "out_dir", "fsdp",
+        "checkpoint", "against", "prompt", "out", "split", "file", "part", "text", "ratings", "best_of", "rounds"}
+
+
+def deciding(options):
+    """Return those of a dict of options that decide a run's result; states of earlier versions hold others too."""
+    return {key: value for key, value in options.items() if key not in FREE and not key.startswith("judge")}
+
+
 def saved_options(config):
     """Return the options that decide a run's result, as a dict of plain values."""
-    skipped = ("resume", "fresh", "debug", "checkpoint", "log_every", "out_dir", "fsdp")
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in skipped}
+    return deciding(dataclasses.asdict(config))
 
 
 def write_json(path, value):
@@ -723,6 +739,9 @@ class Run:
         """Lock the folder and read what an earlier part of the run saved there; only the first process does."""
         config = self.config
         if config.fresh and self.exists():
+            if self.folder.resolve() in Path(config.init).resolve().parents:
+                raise argparse.ArgumentError(None, f"--init {config.init} lies in --out_dir, which --fresh moves "
+                                                   "aside; give another --out_dir")
             self.lock()  # not from under a process that works there
             self.lock_file.close()
             self.move_aside()
@@ -772,7 +791,7 @@ class Run:
         """Raise ArgumentError with a table of the options that differ from the saved ones.
 
         With the constant schedule, whose rates do not depend on the end, a run may be made longer."""
-        given = saved_options(self.config)
+        saved, given = deciding(saved), saved_options(self.config)
         if given["schedule"] == "constant":
             longer = {key for key in ("epochs", "max_steps") if given[key] == 0 or 0 < saved.get(key, 0) < given[key]}
             saved = {**saved, **{key: given[key] for key in longer}}
@@ -785,7 +804,9 @@ class Run:
     def finished(self):
         """Return the summary of a run that is done and was not made longer now, or None."""
         path = self.folder / "summary.json"
-        if self.state is None or not path.exists() or self.state["options"] != saved_options(self.config):
+        if self.state is None or not path.exists():
+            return None
+        if deciding(self.state["options"]) != saved_options(self.config):
             return None
         print(f"{self.folder} is finished: {self.state['step']} steps; nothing to do", file=sys.stderr)
         return json.loads(path.read_text(encoding="utf-8"))
@@ -1070,6 +1091,17 @@ def trainable_state(model):
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
+
+
+def wilson(hits, n, z=Z):
+    """Return the 95% interval (low, high) of a share of `hits` in `n` (Wilson 1927): sound even at 0 and at n."""
+    if not n:
+        return 0.0, 1.0
+    centre, spread = hits / n + z * z / (2 * n), z * math.sqrt(hits / n * (1 - hits / n) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
 def versions():
     """Return the versions that a result depends on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
@@ -1099,8 +1131,8 @@ def ticks(low, high, count=5):
     raw = max(high - low, 1e-12) / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [round(n * step, 12) for n in numbers]
 
 
 def draw_curves(path, title, series, x_label="step", y_label="loss, nats a token"):
@@ -1152,7 +1184,7 @@ def pretraining_tokenizer(config):
     made_here = {"char": CharTokenizer, "word": WordTokenizer}
     if config.tokenizer in made_here:
         return made_here[config.tokenizer].train(texts(config.data))
-    if config.tokenizer != "gpt2" and not Path(config.tokenizer).is_file():
+    if config.tokenizer != "gpt2" and not Path(config.tokenizer).exists():
         raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; make it with: python tokenizer.py")
     return load_tokenizer(config.tokenizer)
 
@@ -1198,10 +1230,10 @@ def train_each_seed(train, config, folder):
 
 def total_steps(config, per_epoch):
     """Return the number of updates: --epochs or --max_steps, whichever ends first; raises ArgumentError for neither."""
-    limits = [limit for limit in (config.epochs * per_epoch, config.max_steps) if limit]
-    if not limits:
+    ends = [end for end in (config.epochs * per_epoch, config.max_steps) if end]
+    if not ends:
         raise argparse.ArgumentError(None, "--epochs 0 and --max_steps 0 together never end; give one of them")
-    return min(limits)
+    return min(ends)
 
 
 def next_token_loss(logits, targets):
@@ -1278,7 +1310,7 @@ def train(config):
     context = autocast(config, device)
     total_steps(config, 1)  # refuses a run without end before any work
     if config.init != "scratch":
-        check_sizes(config)
+        check_sizes(config, "tokenizer")
     torch.manual_seed(config.seed)
     if config.init == "scratch":
         tokenizer = first(pretraining_tokenizer, config)
@@ -1482,13 +1514,13 @@ def attention(path):
 def answers(path, questions, device):
     """Return what a model answers, greedily, to (instruction, input) pairs."""
     model, tokenizer, made = gpt.load_checkpoint(path, device)
-    tokenizer, texts = from_dict(tokenizer), []
+    tokenizer, found = from_dict(tokenizer), []
     for question in questions:
         prompt = format_prompt(dict(zip(("instruction", "input"), question)), made.get("template", "plain"))
         ids = torch.tensor([tokenizer.encode(prompt)], device=device)
         new = gpt.generate(model, ids, 64, 0, eos_id=tokenizer.eot_id)[0, ids.shape[1] :].tolist()
-        texts.append(tokenizer.decode([i for i in new if i != tokenizer.eot_id]).strip())
-    return texts
+        found.append(tokenizer.decode([i for i in new if i != tokenizer.eot_id]).strip())
+    return found
 
 
 def same_questions(root, device):
@@ -1527,7 +1559,7 @@ def section(root, stage, summary):
         parts.append(table(("messages", *(f"said {label}" for label in labels)),
                            [(f"is {label}", *row) for label, row in zip(labels, summary["test_confusion"])], "matrix"))
     if kinds := summary.get("exact_match_by_kind"):
-        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+        kinds = ", ".join(f"{kind} {rate:.0%}" for kind, rate in kinds.items())
         parts.append(f"<p>Right by kind of question: {html.escape(kinds)}.</p>")
     if samples := summary.get("samples"):
         parts.append(table(samples[0], [sample.values() for sample in samples[:8]]))

@@ -78,8 +78,8 @@ def test_intervals_are_those_published():
     """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, Wilson's score method."""
     for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
                                   (1, 29, 0.0061, 0.1718)):
-        assert cls.interval(correct, n) == pytest.approx((low, high), abs=5e-5)
-    assert cls.interval(29, 29)[1] == 1
+        assert cls.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert cls.wilson(29, 29)[1] == 1 and cls.wilson(0, 0) == (0, 1)
 
 
 def test_a_paired_difference_is_the_mean_of_differences_and_its_error():

@@ -385,6 +385,23 @@ def test_a_resume_at_another_place_in_the_data_is_seen(work, monkeypatch, stop_a
     assert digest() != expected
 
 
+def test_a_run_that_was_killed_shows_each_sample_once(work, monkeypatch):
+    """Killed between an evaluation and the save behind it, then resumed: samples.txt is that of a run never stopped."""
+    flags = ["--max_steps", 4, "--eval_every", 2, "--save_every", 0]
+    tune(*flags)
+    whole = Path("out/sft/samples.txt").read_bytes()
+
+    def killed(run):
+        if run.step == 2:
+            raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "end_step", killed)
+        tune(*flags, "--fresh", status=1)
+    tune(*flags, "--resume")
+    assert Path("out/sft/samples.txt").read_bytes() == whole and whole.count(b"--- step ") == 3
+
+
 def test_adapters_train_alone_and_end_up_merged(work):
     """The base's weights stay; adapter/ on the base gives the logits of the merged model; few parameters train."""
     from lora import load_lora
@@ -436,6 +453,15 @@ def test_respond_goes_on_where_it_was_stopped(work, monkeypatch, capsys):
     assert Path("answers/r.json").read_bytes() == Path("answers/whole.json").read_bytes()
     assert sft.main([*argv, "--checkpoint", "other.safetensors", "--fresh"]) == 0
     assert Path("answers/r.json").read_bytes() != Path("answers/whole.json").read_bytes()
+    assert Path("answers/r.json.1").read_bytes() == Path("answers/whole.json").read_bytes()
+
+
+def test_equal_questions_keep_their_own_references(tokenizer):
+    """Answered before, each of two entries with one prompt is still held against its own output."""
+    asked = [{"instruction": "Say it.", "input": "", "output": output} for output in ("one", "two")]
+    stored = [sft.answered(entry, "two", True, "maker") for entry in asked]
+    config = sft.Config(template="plain", max_new_tokens=4)
+    assert sft.answer_rows(None, tokenizer, asked, "maker", config, stored) == stored
 
 
 def test_one_prompt_and_a_chat_give_the_same_answers(work, capsys, monkeypatch, tokenizer):
@@ -613,6 +639,15 @@ def test_a_judge_counts_what_is_missing_and_bounds_it(server, tmp_path):
     assert [again.score(entry, word) for word in grades] == values and len(server.seen) == 4  # all from the file
 
 
+def test_a_useless_reply_is_not_kept(server, tmp_path):
+    """A reply that was cut is missing and stands in no file: asked with a larger context, the judge gives its grade."""
+    server.script = lambda path, body, n: (
+        200, {}, ollama("70", done_reason="stop" if body["options"]["num_ctx"] == 8192 else "length"))
+    grades = [sft.Judge(server.url, "m", tmp_path / "judge.jsonl", context).score({"instruction": "Do it."}, "done")
+              for context in (512, 8192)]
+    assert grades == [None, 70] and len(sft.finished_lines(tmp_path / "judge.jsonl")) == 1
+
+
 def test_a_judge_that_dies_is_later_asked_only_the_rest(work, server, capsys):
     """Away after seven grades, a third of them garbage: status 1 in one line; then the other questions and no more."""
     answer = lambda n: ollama("what?" if n % 3 == 0 else str(n))  # noqa: E731
@@ -754,7 +789,7 @@ def test_mistakes_get_one_line(work, capsys, tokenizer):
     cases = [
         (["train", "--data", "none.json", "--init", "base.safetensors"], 1, "none.json"),
         (["train", *FLAGS, "--init", "none.safetensors"], 1, "none.safetensors"),
-        (["train", "--data", "mine.json"], 1, "out/pretrain/model.safetensors"),
+        (["train", "--data", "mine.json"], 1, "make it with: python train.py"),
         (["train", *FLAGS, "--init", "cls.safetensors"], 1, "classifier"),
         (["train", *FLAGS, "--init", "mute.safetensors"], 1, "no tokenizer"),
         (["train", *FLAGS, "--init", "mine.json"], 1, "mine.json"),
@@ -771,6 +806,7 @@ def test_mistakes_get_one_line(work, capsys, tokenizer):
         ([*asked, "--data", "tinyworld", "--split", "all"], 2, "--split all"),
         ([*asked, "--out", "odd.json"], 1, "odd.json is no list of responses"),
         (["chat", "--checkpoint", "none.safetensors"], 1, "none.safetensors"),
+        (["evaluate", *FLAGS, "--checkpoint", "few.json"], 2, "--against"),
         (["evaluate", *FLAGS, "--checkpoint", "base.safetensors", "--against", "few.json"], 1, "answers 0 of the 6"),
         ([*judged, "ftp://x"], 2, "--judge"), ([*judged, "localhost:11434"], 2, "--judge"),
         ([*judged, "http://me:secret@localhost"], 2, "without a user name"), ([*judged, "http://x:port"], 2, "--judge"),

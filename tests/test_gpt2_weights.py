@@ -657,6 +657,11 @@ def test_import_makes_a_checkpoint_of_ours(small_gpt2, tmp_path, capsys):
     assert torch.equal(loaded(IDS), model.eval()(IDS))
     again = from_dict(described)
     assert again.encode("lowest pad") == tokenizer.encode("lowest pad") and again.pad_id == tokenizer.pad_id == 261
+    before = bits(load_gpt2(tmp_path / "hf"))
+    for source in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors"):
+        assert main(["import", "--source", str(source), "--out", str(tmp_path / "hf" / "model.safetensors")]) == 2
+        assert "would overwrite --source" in capsys.readouterr().err
+    assert bits(load_gpt2(tmp_path / "hf")) == before
     assert main(["import", "--source", "gpt2", "--context_length", "17", "--out", str(tmp_path / "no")]) == 1
     assert "between 1 and the weights' 16" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
@@ -738,6 +743,16 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
     assert again.encode("the lowest") == tokenizer.encode("the lowest")
     read = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
     assert read["eos_token_id"] == read["bos_token_id"] == 259 and read["vocab_size"] == 260
+    assert main(["export", "--source", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "hf")]) == 0  # again
+    (tmp_path / "run").mkdir()
+    checkpoint = tmp_path / "run" / "model.safetensors"
+    checkpoint.write_bytes((tmp_path / "m.safetensors").read_bytes())
+    for source, beside in ((checkpoint, ""), (tmp_path / "m.safetensors", ""), (checkpoint, "config.json")):
+        (tmp_path / "run" / (beside or "summary.json")).write_text("{}")
+        capsys.readouterr()
+        assert main(["export", "--source", str(source), "--out", str(tmp_path / "run")]) == 2
+        assert "no earlier export; give another --out" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == (tmp_path / "m.safetensors").read_bytes()
     words = WordTokenizer([f"word{i}" for i in range(101)])
     gpt.save_checkpoint(tmp_path / "w.safetensors", gpt.GPTModel(TINY), words)
     assert main(["export", "--source", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "w")]) == 0

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import io
 import json
 import os
@@ -71,6 +72,54 @@ def test_the_command_line_block_is_the_same_in_every_leaf():
         assert len(found) == 3, name
     for name, block in blocks.items():
         assert block == blocks["gpt.py"], f"Parser, explain or run differs between gpt.py and {name}"
+
+
+@pytest.mark.parametrize("name", LEAVES + ["train.py"])
+def test_a_missing_companion_or_package_is_one_line(name, monkeypatch, capsys):
+    """A file of ours has to be copied, a package installed; an error from inside of one keeps what it says."""
+    module = importlib.import_module(name[:-3])
+    for missing in ("lora", "tiktoken"):
+        monkeypatch.setitem(sys.modules, missing, None)
+
+    def ours(args):
+        from lora import apply_lora  # noqa: F401
+
+    def ours_from_a_folder_data(args):
+        from data import no_such_function  # noqa: F401
+
+    def package(args):
+        import tiktoken  # noqa: F401
+
+    def inside_a_package(args):
+        from torch.nn import NoSuchLayer  # noqa: F401
+
+    for command, said in ((ours, "copy lora.py beside this file"), (package, "python -m pip install --upgrade tiktoken"),
+                          (ours_from_a_folder_data, "copy data.py beside this file"),
+                          (inside_a_package, "'NoSuchLayer' from 'torch.nn'")):
+        status = (module.run("", {"go": (command, {})}, []) if name in LEAVES else
+                  module.run_script("", module.Config, {"go": command}, []))
+        error = capsys.readouterr().err
+        assert status == 1 and error.startswith("error: ") and said in error and error.count("\n") == 1, error
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_repeats_no_stage_that_is_newer_than_what_it_starts_from(tmp_path):
+    """rlhf-all evaluates anew, which leaves DPO and GRPO up to date; new SFT weights do not."""
+    stages = ["tokenizer/tokenizer.json", *(f"{stage}/summary.json" for stage in ("pretrain", "sft", "dpo", "grpo")),
+              "ppo/evaluation.json"]
+
+    def made(newest):
+        for age, stage in enumerate([*stages, newest]):
+            (tmp_path / stage).parent.mkdir(exist_ok=True)
+            (tmp_path / stage).touch()
+            os.utime(tmp_path / stage, (age, age))
+        done = subprocess.run(["make", "-n", "-C", ROOT, "rlhf-all", f"OUT={tmp_path}", f"PYTHON={sys.executable}"],
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"\w+\.py (\w+) .*?(--fresh|\n)", done.stdout)
+
+    assert made("ppo/evaluation.json") == [("evaluate", "\n")]
+    assert made("sft/summary.json") == [("all", "--fresh"), ("dpo", "--fresh"), ("grpo", "--fresh"), ("evaluate", "\n")]
 
 
 @pytest.mark.parametrize("name", THERE)

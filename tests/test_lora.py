@@ -612,7 +612,7 @@ def test_lora_py_alone_works_beside_somebody_elses_model(tmp_path):
 def run_folder(tmp_path, monkeypatch):
     """Return an empty folder, now the current one, with a base checkpoint and an adapter for it."""
     monkeypatch.chdir(tmp_path)
-    gpt.save_checkpoint("base.safetensors", small_model(), {"kind": "char"}, steps=7)
+    gpt.save_checkpoint("base.safetensors", small_model(), {"kind": "char"}, steps=7, val_loss=2.5)
     save_lora(adapted(), "adapter")
     return tmp_path
 
@@ -624,18 +624,36 @@ def test_merge_writes_a_plain_checkpoint(run_folder, capsys):
     model, tokenizer, made = gpt.load_checkpoint("m/merged.safetensors")
     torch.testing.assert_close(model(IDS), adapted()(IDS), rtol=1e-5, atol=1e-5)
     assert tokenizer == {"kind": "char"} and made["steps"] == 7 and made["adapter"] == "adapter"
+    assert "val_loss" not in made  # that of the base, which these weights do not have
 
 
-def test_merging_a_classifiers_adapter_brings_its_head(run_folder):
-    """The base is a language model, the merged checkpoint a classifier with the logits of the adapted one."""
+def test_merging_a_runs_adapter_keeps_what_the_run_knew_of_itself(run_folder):
+    """Stage, figures and template are those of model.safetensors beside the adapter, not of the base."""
+    save_lora(adapted(), "sft/adapter")
+    gpt.save_checkpoint("sft/model.safetensors", small_model(), stage="sft", step=9, val_loss=0.5, template="alpaca")
+    assert lora.main("merge --checkpoint base.safetensors --adapter sft/adapter --out m.safetensors".split()) == 0
+    model, _, made = gpt.load_checkpoint("m.safetensors")
+    torch.testing.assert_close(model(IDS), adapted()(IDS), rtol=1e-5, atol=1e-5)
+    assert made == {"kind": "gpt", "stage": "sft", "step": 9, "val_loss": 0.5, "template": "alpaca",
+                    "adapter": "sft/adapter"}
+
+
+def test_merging_a_classifiers_adapter_brings_its_head(run_folder, capsys):
+    """The base is a language model, the merged checkpoint a classifier with the logits and labels of the adapted one.
+
+    Without the run's own file beside the adapter nothing knows the labels, and it is refused."""
     model = apply_lora(classifier(), rank=2)
     model.out_head.requires_grad_(True)
-    save_lora(shake(model), "head")
+    save_lora(shake(model), "run/head")
     gpt.save_checkpoint("untied.safetensors", small_model(tie_weights=False))
-    assert lora.main("merge --checkpoint untied.safetensors --adapter head --out cls.safetensors".split()) == 0
+    command = "merge --checkpoint untied.safetensors --adapter run/head --out cls.safetensors".split()
+    assert lora.main(command) == 1 and not Path("cls.safetensors").exists()
+    assert "use that run's own model.safetensors" in capsys.readouterr().err
+    gpt.save_checkpoint("run/model.safetensors", classifier(), kind="classifier", labels=["a", "b", "c"])
+    assert lora.main(command) == 0
     merged, _, made = gpt.load_checkpoint("cls.safetensors")
     torch.testing.assert_close(merged(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-    assert made["kind"] == "classifier"
+    assert made["kind"] == "classifier" and made["labels"] == ["a", "b", "c"]
 
 
 def test_export_writes_the_same_adapter_with_the_bases_name(run_folder, capsys):
@@ -692,7 +710,7 @@ if rank:
 print("a report")
 json.dump({"stage": "x", "seconds": 1, "steps": int(flags["--max_steps"]), "optimizer_bytes": 2**20 * (rank or 100),
            "trainable_parameters": 1000 * rank or 123456, "peak_memory_bytes": 2**30, "step_seconds": 0.25,
-           "SCORE": 0.9 - rank / 1000, "exact_match": 0.1}, open(out / "summary.json", "w"))
+           "SCORE": 0.9 - rank / 1000, "exact_match": 0.1, "seed": 3, "data": {"source": "d"}}, open(out / "summary.json", "w"))
 """
 
 
@@ -718,6 +736,9 @@ def test_compare_runs_the_script_fully_and_with_each_rank(tmp_path, monkeypatch,
     assert out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"
     summary = json.loads((tmp_path / "out" / "lora" / "summary.json").read_text())
     assert summary["stage"] == "lora" and summary["points_below_full"]["rank4"] == pytest.approx(0.4)
+    assert summary["command"] == f"python lora.py compare --task {task} --lora_rank 4 8 '--flags=--max_steps 5'"
+    assert (summary["steps"], summary["seed"], summary["data"]) == (5, 3, {"source": "d"})
+    assert summary["config"]["lora_rank"] == [4, 8] and summary["config"]["task"] == task
     assert copied.main(["compare", "--task", task, "--full", "out/lora/full", "--out_dir", "out/again",
                         "--flags=--max_steps 5"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"

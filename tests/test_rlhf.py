@@ -805,6 +805,31 @@ def test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits(
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_a_policy_with_dropout_begins_at_its_start(folder):
+    """Evaluated before the first step it is 0 nats away: neither side drops anything."""
+    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--drop_rate", 0.5)
+    with open("out/ppo/metrics.jsonl", encoding="utf-8") as log:
+        first = json.loads(log.readline())
+    assert first["step"] == 0 and first["val_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_that_was_killed_shows_each_sample_once(folder, monkeypatch):
+    """Killed between an evaluation and the save behind it, then resumed: samples.txt is that of a run never stopped."""
+    flags = ("--reward", "mine:length", "--max_steps", 4, "--save_every", 0)
+    run("ppo", *flags, "--out_dir", "whole")
+
+    def killed(run):
+        if run.step == 2:
+            raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "end_step", killed)
+        run("ppo", *flags, "--out_dir", "killed", status=1)
+    run("ppo", *flags, "--out_dir", "killed", "--resume")
+    whole, killed = (Path(name, "samples.txt").read_text(encoding="utf-8") for name in ("whole", "killed"))
+    assert killed == whole and whole.count("--- step ") == 3
+
+
 def test_with_lora_the_start_is_the_model_with_its_adapters_off(folder):
     """One copy of the weights: the reference is the same object; switched off it is the start to the bit after training."""
     model, _, _ = gpt.load_checkpoint("start.safetensors")
@@ -852,6 +877,7 @@ def test_seeds_give_mean_and_spread(folder, capsys):
     second = json.loads(Path("out/reward/seed1235/summary.json").read_text(encoding="utf-8"))
     assert summary["accuracy_mean"] == pytest.approx((summary["accuracy"] + second["accuracy"]) / 2)
     assert summary["accuracy_std"] >= 0 and "accuracy" in capsys.readouterr().out
+    assert run("reward", "--max_steps", 3, "--seeds", 2, "--resume") == summary
 
 
 # --- rating
@@ -880,6 +906,18 @@ def test_a_person_rates_undoes_stops_and_goes_on(folder, monkeypatch, capsys):
     assert len(set(prompts)) == len(prompts) and len(data.read_preferences("r/ratings.jsonl")) == 6
 
 
+def test_undo_goes_past_equal_answers(folder, monkeypatch):
+    """Two equal answers are a tie that nobody is asked about; behind them undo asks for the pair before once more."""
+    pairs = (("a", "b"), ("c", "c"), ("d", "e"))
+    monkeypatch.setattr(rlhf, "offers", lambda models, prompts, *rest: (
+        (prompt, [(text, "start") for text in pair]) for prompt, pair in zip(prompts, pairs)))
+    type_in(monkeypatch, "1", "u", "2", "1", "q")
+    monkeypatch.setattr(rlhf, "make_prompts", lambda *given, made=rlhf.make_prompts: made(*given)[:3])
+    run("rate", "--ratings", "r/ratings.jsonl")
+    rows = [json.loads(line) for end in ("", ".undecided") for line in open(f"r/ratings{end}.jsonl", encoding="utf-8")]
+    assert [(row["response_1"], row["preferred"]) for row in rows] == [("a", 2), ("d", 1), ("c", "tie")]
+
+
 def test_two_models_are_compared_blind_and_a_judge_can_do_it(folder, monkeypatch, capsys):
     """The order is drawn anew for each prompt, the file says who wrote what, and a judge that likes length is obeyed."""
     model, tokenizer, _ = gpt.load_checkpoint("start.safetensors")
@@ -888,10 +926,12 @@ def test_two_models_are_compared_blind_and_a_judge_can_do_it(folder, monkeypatch
 
     def judge(address, prompt, **named):
         first, second = (prompt.split(f"Answer {x}:\n")[1].split("\n====")[0] for x in "AB")
+        assert named["context"] == 700
         return "A" if len(first) > len(second) else "B" if len(second) > len(first) else "tie"
 
     monkeypatch.setattr(finetune_sft, "ask_judge", judge)
-    run("rate", "--checkpoint", "start.safetensors,other.safetensors", "--judge", "ollama", "--ratings", "r.jsonl")
+    run("rate", "--checkpoint", "start.safetensors,other.safetensors", "--judge", "ollama", "--judge_context", 700,
+        "--ratings", "r.jsonl")
     rows = [json.loads(line) for line in open("r.jsonl", encoding="utf-8")]
     assert all((row["preferred"] == 1) == (len(row["response_1"]) > len(row["response_2"])) for row in rows)
     assert {row["from_1"] for row in rows} == {"start.safetensors", "other.safetensors"}
@@ -911,6 +951,8 @@ def test_mistakes_get_one_line(folder, capsys):
                        "three.json": [{**good[0], "preferred": 3}], "missing.json": [{"prompt": "a", "response_1": "b"}],
                        "few.json": good[:2]}.items():
         Path(name).write_text(json.dumps(rows), encoding="utf-8")
+    gpt.save_checkpoint("other.safetensors", gpt.load_checkpoint("start.safetensors")[0],
+                        CharTokenizer.train(["abcdefghijklmnopqrstuvwxyz \n?"], specials=True), template="plain")
     base = SMALL_RUN[2:]
     ppo = ["ppo", *SMALL_RUN, "--max_steps", "2"]
     cases = [(["reward", "--data", "equal.json", *base], 1, "10 of 90 pairs"),
@@ -927,6 +969,9 @@ def test_mistakes_get_one_line(folder, capsys):
              ([*ppo, "--reward", "mine:length", "--init", "scratch"], 2, "--loss sft"),
              (["reward", *SMALL_RUN, "--emb_dim", "64"], 2, "--init scratch"),
              (["all", *SMALL_RUN, "--init", "scratch"], 2, "all goes on to ppo"),
+             (["all", *SMALL_RUN, "--seeds", "2"], 2, "leave it out with all"),
+             (["rate", *SMALL_RUN, "--checkpoint", "start.safetensors,other.safetensors"], 1,
+              "other.safetensors has another tokenizer than start.safetensors"),
              (["reward", *SMALL_RUN, "--init", "scratch", "--lora_rank", "2"], 2, "leave one of the two out"),
              ([*ppo, "--clip_ratio", "0"], 2, "clip_ratio"), ([*ppo, "--grpo", "2"], 2, "--group"), (["pppo"], 2, "unknown"),
              (["evaluate", *SMALL_RUN], 1, "python rlhf.py ppo"), (["rate", *SMALL_RUN, "--checkpoint", "a,b,c"], 2, "one or two"),

@@ -1,6 +1,7 @@
 """Optimizers, schedule, losses, runs: closed forms, published values, learning that must happen, exact resume."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -49,6 +50,15 @@ def last_weights(folder="out/pretrain"):
 
 
 # --- pure functions
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_is_chosen_only_where_the_hardware_has_it(units, monkeypatch):
+    """A GPU that only emulates it, as torch says of a T4 or V100 unless asked otherwise, computes in float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
+    chosen = train.autocast(train.Config(), torch.device("cuda"))
+    assert isinstance(chosen, contextlib.nullcontext) is not units
 
 
 def test_the_published_loss_arithmetic():
@@ -311,8 +321,8 @@ def test_init_goes_on_from_a_checkpoint_with_its_own_tokenizer(text):
     first = pretrain("--max_steps", 20, "--learning_rate", "0.01")
     os.rename("out/pretrain", "out/first")
     Path("text.txt").write_text(Path(text).read_text(encoding="utf-8") + " ", encoding="utf-8")
-    pretrain("--max_steps", 1, "--init", "out/first/model.safetensors", "--tokenizer", "none", "--context_length", 0,
-             "--emb_dim", 0, "--n_layers", 0, "--n_heads", 0)
+    pretrain("--max_steps", 1, "--init", "out/first/model.safetensors", "--tokenizer", train.Config.tokenizer,
+             "--context_length", 0, "--emb_dim", 0, "--n_layers", 0, "--n_heads", 0)
     rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
     start = next(row["val_loss"] for row in rows if row["step"] == 0)
     assert start == pytest.approx(first["val_loss"], abs=0.02)
@@ -337,6 +347,8 @@ def test_an_existing_run_is_never_overwritten(text, capsys):
     check_error(capsys, base, 2, "--resume", "--fresh")
     check_error(capsys, [*base, "--resume", "--learning_rate", "0.5", "--seed", "7"], 2,
                 "learning_rate: saved 0.001, given 0.5", "seed: saved 1234, given 7")
+    own = ["--data", text, "--max_steps", "3", "--init", "out/pretrain/model.safetensors", "--fresh"]
+    check_error(capsys, own, 2, "--init out/pretrain/model.safetensors lies in --out_dir", "another --out_dir")
     assert train.main([*base, "--resume"]) == 0
     assert {path: path.read_bytes() for path in Path("out/pretrain").iterdir() if path.name != ".lock"} == {
         path: data for path, data in before.items() if path.name != ".lock"}
@@ -392,6 +404,24 @@ def test_a_finished_run_with_a_constant_rate_can_be_made_longer(text, capsys):
     flags = ["--data", text, *TINY, *map(str, flags), "--resume"]
     check_error(capsys, [*flags, "--max_steps", "7"], 2, "max_steps: saved 12, given 7")
     check_error(capsys, [*flags, "--max_steps", "13", "--schedule", "cosine"], 2, "max_steps: saved 12, given 13")
+
+
+def test_resume_takes_other_options_that_decide_nothing(text, capsys, stop_after):
+    """More saves, another log; and a state of an earlier version, which also held options of other commands."""
+    flags = ["--max_steps", 6, "--save_every", 2]
+    with stop_after(3):
+        pretrain(*flags, status=128 + signal.SIGTERM)
+    state = torch.load("out/pretrain/state.pt", weights_only=True)
+    assert "save_every" not in state["options"] and "batch_size" in state["options"]
+    state["options"].update(save_every=2, judge="", judge_model="llama3", against="", text=(), part="test")
+    torch.save(state, "out/pretrain/state.pt")
+    capsys.readouterr()
+    assert pretrain(*flags, "--resume", "--save_every", 5)["steps"] == 6
+    assert "resumed at step 3" in capsys.readouterr().err
+    state["step"] = 6
+    torch.save(state, "out/pretrain/state.pt")
+    pretrain(*flags, "--resume")
+    assert "out/pretrain is finished" in capsys.readouterr().err
 
 
 def test_resume_in_an_empty_folder_starts_and_says_so(text, capsys):
@@ -479,6 +509,8 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
     base = ["--data", text, *TINY, "--max_steps", "2"]
     cases = [(["--data", "none.txt", *TINY], 1, "none.txt"), (["--data", "empty.txt", *TINY], 1, "empty.txt"),
              (["--data", "short.txt", *TINY], 1, "tokens"), (["--data", "latin.txt", *TINY], 1, "latin.txt"),
@@ -488,7 +520,10 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              ([*base, "--max_steps", "0"], 2, "--epochs"), ([*base, "--resume", "--fresh"], 2, "choose one"),
              ([*base, "--optimizer", "sgd"], 2, "invalid choice"), (["trian"], 2, "unknown command"),
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
-             (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors"),
+             (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
+             (["--data", text, "--init", "theirs"], 1, "python gpt2_weights.py import --source theirs"),
+             (["--data", text, "--init", "."], 1, "--init . is a folder; name the file, such as model.safetensors"),
+             (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
              ([*base, "--learning_rate", "-0.5"], 2, "-1 or at least 0"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
              (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py"),
