@@ -94,7 +94,8 @@ class Config(Options):
     template: str = option("auto", "words around a prompt; auto = the checkpoint's, else plain for tinyworld, alpaca "
                            "for other data", choices=("auto", *TEMPLATES))
     mask_prompt: bool = option(True, "train on the response only")
-    pack: bool = option(False, "put several examples into a row instead of padding; changes no result")
+    pack: bool = option(False, "put several examples into a row instead of padding; changes nothing but what "
+                                  "dropout draws")
     lora_rank: int = option(0, "train adapters of this rank instead of the weights, 0 = off", low=0)
     lora_alpha: float = option(32.0, "an adapter's update is multiplied by alpha / rank", low=1e-6)
     lora_dropout: float = option(0.1, "of an adapter's input", low=0, high=0.99)

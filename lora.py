@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) in one file: fine-tune a model by training a thousandth to a hundredth of its numbers.
+"""Low-rank adapters (LoRA) in one file: fine-tune a model by training a small share of its numbers.
 
     python lora.py                                    fine-tune the classifier fully and with adapters, compare (1 min)
     python lora.py compare --task sft --lora_rank 4 8 32

@@ -22,7 +22,8 @@ loss is over the whole validation split, every window once. Perplexity is exp(lo
 loss x tokens / (ln 2 x bytes), which can be compared between tokenizers.
 
 Under torchrun each process computes its rows of every batch, so --batch_size stays the sequences of an update and the
-result is that of one process, to rounding; a run may go on with another number of them. All must see the same disk.
+result is that of one process, to rounding and what dropout draws; a run may go on with another number of them. All
+must see the same disk.
 
 A finetuning script imports this file for the machinery and keeps a loop of its own, with the same eight numbered steps.
 
@@ -91,7 +92,8 @@ class Options:
     epochs: int = option(0, "times through the data, 0 = no limit; this or max_steps, whichever ends first", low=0)
     max_steps: int = option(0, "updates, 0 = no limit", low=0)
     batch_size: int = option(16, "sequences an update", low=1)
-    accumulate: int = option(1, "pieces that a batch is computed in; saves memory, changes no result", low=1)
+    accumulate: int = option(1, "pieces that a batch is computed in: saves memory, changes only what dropout draws",
+                             low=1)
     context_length: int = option(0, "tokens a sequence, 0 = the model's", low=0)
     drop_rate: float = option(-1.0, "dropout, -1 = the model's", low=-1, high=0.99)
     learning_rate: float = option(1e-3, "peak, after warm-up", low=0)
@@ -108,7 +110,7 @@ class Options:
     patience: int = option(0, "stop after so many evaluations without a better one, 0 = never", low=0)
     seed: int = option(1234, "of weights, data order and dropout", low=0, high=2**31 - 1)
     device: str = option("auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")
-    dtype: str = option("auto", "of matrix products; auto = bfloat16 on a GPU that has it",
+    dtype: str = option("auto", "of matrix products in training; auto = bfloat16 on a GPU that has it",
                         choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile: a minute at the start, faster steps on a GPU")
     resume: bool = option(False, "continue the run in out_dir, or start it where there is none")
