@@ -25,8 +25,8 @@ text, encode("<|endoftext|>", allowed_special={"<|endoftext|>"}) is one id. Half
 
 Differs from the originals
   The merges equal those of Hugging Face's BpeTrainer with a ByteLevel alphabet on the same text; training touches only
-  the words that hold the pair being joined, so pure Python needs less CPU time than that Rust code (10 MB of Python
-  source, 8,192 tokens: 3.8 s against 6.3 s, medians of five on a quiet machine with two cores).
+  the words that hold the pair being joined, so pure Python needs no more time than that Rust code (10 MB of Python
+  source, 8,192 tokens: 2.8 s against 3.3 s, `python tests/bench.py bpe`).
   Byte ids stand in GPT-2's own order and special tokens come last, so an export is a valid GPT-2 vocabulary.
   With `split_digits` no merge contains a digit, while encoding keeps GPT-2's pattern: numbers become one token a digit.
   encode shows the merge loop; long or non-ASCII text goes to tiktoken with the same merges and gives the same ids.

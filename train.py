@@ -1123,7 +1123,7 @@ def peak_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves as SVG, drawn by hand
 
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#6b7280", "#db2777")
 STYLE = ("<style>text{font:12px system-ui,sans-serif;fill:#333}.g{stroke:#8884;stroke-width:1}"
          "@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>")
 

@@ -108,6 +108,8 @@ def test_the_page_keeps_the_rows_that_are_not_run_again(tmp_path):
     bench.write_page(path, "sunday: c", [line(first, "4.00", "sunday"), line(second, "5.00", "sunday")], [])
     text = path.read_text(encoding="utf-8")
     assert "monday" not in text and "friday" in text and text.count("| batch") == 1
+    bench.write_page(path, "later: d", [line(first, "not here: NANOGPT", "later")], [])
+    assert path.read_text(encoding="utf-8") == text  # a peer that is away undoes no measurement
 
 
 def test_without_a_gpu_the_gpu_rows_say_so(monkeypatch, capsys):
