@@ -99,7 +99,7 @@ class Config(Options):
     lora_rank: int = option(0, "train adapters of this rank instead of the weights, 0 = off", low=0)
     lora_alpha: float = option(32.0, "an adapter's update is multiplied by alpha / rank", low=1e-6)
     lora_dropout: float = option(0.1, "of an adapter's input", low=0, high=0.99)
-    lora_targets: str = option("all-linear", "layers with adapters: all-linear, or ends of names as a,b")
+    lora_targets: str = option("all-linear", "layers with adapters: all-linear, or ends of names as qkv,fc1")
     seeds: int = option(1, "runs, with the seeds from --seed on; the summary has their mean and spread", low=1)
     max_new_tokens: int = option(0, "of a response; 0 = half the context, 256 at most", low=0)
     temperature: float = option(0.0, "of responses, 0 = always the likeliest token", low=0)
