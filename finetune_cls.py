@@ -765,6 +765,8 @@ def classify_text(text, model, tokenizer, device=None):
 
 def input_lines(source):
     """Yield the lines of a file, or of stdin for "", without their ends; bytes that are no UTF-8 become U+FFFD."""
+    if not source and sys.stdin is None:
+        raise ValueError("stdin is closed; give messages as words, or a file by --file")
     with open(source, "rb") if source else contextlib.nullcontext(sys.stdin.buffer) as file:
         if not source and sys.stdin.isatty():
             print("a message a line, please; Ctrl-D ends", file=sys.stderr)

@@ -966,6 +966,8 @@ def chat(config):
     """Answer the instructions on stdin, line by line, as the tokens come."""
     model, tokenizer, config, _ = ready(config, checkpoint_of(config))
     generator = torch.Generator(model.device).manual_seed(config.seed)
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, so there is nobody to talk to; one question is: respond --prompt TEXT")
     person = sys.stdin.isatty()
     if person:
         print("one instruction a line, \\n before its input; an empty line ends", file=sys.stderr)
@@ -973,8 +975,10 @@ def chat(config):
         if person:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        if not line.strip():
+        if not line or person and not line.strip():
             return
+        if not line.strip():  # in a file an empty line ends nothing
+            continue
         ids = tokenizer.encode(format_prompt({"prompt": line.strip().replace("\\n", "\n")}, config.template))
         steps = gpt.generate_steps(model, torch.tensor([ids], device=model.device), config.max_new_tokens,
                                    config.temperature, eos_id=tokenizer.eot_id, generator=generator)

@@ -1547,7 +1547,9 @@ def evaluate(config):
     rows = print_table(found, opponent, judged)
     samples = [{"prompt": prompt.text, **{name: one["responses"][i] for name, one in found.items()}}
                for i, prompt in enumerate(prompts[:20])]
-    write_json(Path(files[0]).with_name("evaluation.json"), {"prompts": len(prompts), "rows": rows, "samples": samples})
+    path = Path(files[0]).with_name("evaluation.json")
+    write_json(path, {"prompts": len(prompts), "rows": rows, "samples": samples})
+    print(f"{len(prompts)} prompts, written to {path}", file=sys.stderr)
     return rows
 
 

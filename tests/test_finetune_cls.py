@@ -451,6 +451,8 @@ def test_messages_from_the_command_line_and_from_stdin(rows, capsys, monkeypatch
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 43 and [row["text"] for row in found[:3]] == ["dog", "\ufffd bad", "man"]
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in found)
+    monkeypatch.setattr("sys.stdin", None)
+    assert cls.main(["classify", "--file", "-"]) == 1 and "error: stdin is closed" in capsys.readouterr().err
 
 
 # --- what a user can get wrong

@@ -465,7 +465,8 @@ def test_equal_questions_keep_their_own_references(tokenizer):
 
 
 def test_one_prompt_and_a_chat_give_the_same_answers(work, capsys, monkeypatch, tokenizer):
-    """`respond --prompt` and a line of `chat` print what the model answers; the chat's text is streamed."""
+    """`respond --prompt` and a line of `chat` print what the model answers, empty lines between them or not; with stdin
+    closed, chat says so."""
     import io
 
     model, prompts = gpt.load_checkpoint("base.safetensors")[0], ["Repeat the word fox.", "Say it twice: yak\\nat once"]
@@ -474,9 +475,14 @@ def test_one_prompt_and_a_chat_give_the_same_answers(work, capsys, monkeypatch, 
     for prompt, text in zip(prompts, expected):
         assert sft.main(["respond", *flags, "--prompt", prompt]) == 0
         assert capsys.readouterr().out.strip() == text
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts)))
-    assert sft.main(["chat", *flags]) == 0
-    assert capsys.readouterr().out.split("\n")[0].strip() == expected[0].split("\n")[0]
+    said = []
+    for between in ("\n", "\n\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(between.join(prompts)))
+        assert sft.main(["chat", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].split("\n")[0].strip() == expected[0].split("\n")[0] and said[1] == said[0]
+    monkeypatch.setattr("sys.stdin", None)
+    assert sft.main(["chat", *flags]) == 1 and "error: stdin is closed" in capsys.readouterr().err
 
 
 def test_evaluate_prints_a_table_of_both_models(work, capsys):

@@ -211,6 +211,7 @@ print(gpt.generate(gpt.load_checkpoint("m.safetensors")[0], ids, 4).shape)""",
     "lora.py": """
 import lora
 import torch
+torch.manual_seed(1)  # else all its units are dead once in some hundred times
 model, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)), torch.randn(3, 4)
 before = model(x)
 lora.apply_lora(model, rank=2)
