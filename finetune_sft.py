@@ -60,8 +60,8 @@ import torch.nn.functional as F
 from data import (TEMPLATES, TINYWORLD_KINDS, collate_instructions, epoch_order, exact_match, format_prompt,
                   format_response, prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
-from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_start, make_optimizers, option,
-                   process, run_script, share, together, total_steps, train_each_seed, wait, wilson, write_json)
+from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_start, make_optimizers, move_aside,
+                   option, process, run_script, share, together, total_steps, train_each_seed, wait, wilson, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
 TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what six minutes have time for
@@ -94,8 +94,8 @@ class Config(Options):
     template: str = option("auto", "words around a prompt; auto = the checkpoint's, else plain for tinyworld, alpaca "
                            "for other data", choices=("auto", *TEMPLATES))
     mask_prompt: bool = option(True, "train on the response only")
-    pack: bool = option(False, "put several examples into a row instead of padding; changes nothing but what "
-                                  "dropout draws")
+    pack: bool = option(False, "put several examples into a row instead of padding; changes only what dropout "
+                        "draws")
     lora_rank: int = option(0, "train adapters of this rank instead of the weights, 0 = off", low=0)
     lora_alpha: float = option(32.0, "an adapter's update is multiplied by alpha / rank", low=1e-6)
     lora_dropout: float = option(0.1, "of an adapter's input", low=0, high=0.99)
@@ -784,8 +784,7 @@ def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, los
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}" + ("  best" if better else ""), file=sys.stderr)
     for entry, text in zip(shown, texts):
         print(f"  {' / '.join(prompt_of(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
-    with gpt.replacing(run.folder / "samples.txt") as file:  # from the log, which a resumed run cuts where it goes on
-        file.write("".join(text for _, text in run.metrics("samples")).encode())
+    run.write_samples(text for _, text in run.metrics("samples"))
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", "Instruction tuning", curves, y_label="loss, nats a response token")
 
@@ -948,9 +947,7 @@ def respond_command(config):
             raise argparse.ArgumentError(None, f"{path} holds responses of another model or to other prompts: --fresh "
                                                "moves it aside, or give another --out")
     if config.fresh and path.exists():
-        number = next(n for n in itertools.count(1) if not Path(f"{path}.{n}").exists())
-        aside = path.rename(f"{path}.{number}")
-        print(f"moved {path} to {aside}", file=sys.stderr)
+        move_aside(path)
     rows = answer_all(model, tokenizer, entries, path, maker, config)
     figures = score_rows(rows, config.template)
     print(f"{len(rows):,} responses in {path}: exact match {figures['exact_match']:.1%}, F1 {figures['token_f1']:.3f}, "
@@ -975,11 +972,12 @@ def chat(config):
         if person:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        if not line or person and not line.strip():
+        said = line.strip()
+        if not line or person and not said:
             return
-        if not line.strip():  # in a file an empty line ends nothing
+        if not said:  # in a file an empty line ends nothing
             continue
-        ids = tokenizer.encode(format_prompt({"prompt": line.strip().replace("\\n", "\n")}, config.template))
+        ids = tokenizer.encode(format_prompt({"prompt": said.replace("\\n", "\n")}, config.template))
         steps = gpt.generate_steps(model, torch.tensor([ids], device=model.device), config.max_new_tokens,
                                    config.temperature, eos_id=tokenizer.eot_id, generator=generator)
         new_ids = itertools.takewhile(lambda i: i != tokenizer.eot_id, (int(step) for step in steps))

@@ -483,6 +483,8 @@ def _rows_to_share(mask):
 
     First fit, the longest first: 16 prompts of 8 to 64 tokens need 10 rows."""
     lengths, T = mask.sum(dim=1).tolist(), mask.shape[1]
+    if min(lengths) == 0 or bool((mask.diff(dim=1) < 0).any()):  # padded elsewhere than on the left
+        return []
     rows, room = [], []
     for prompt in sorted(range(len(lengths)), key=lambda prompt: -lengths[prompt]):
         row = next((row for row in range(len(rows)) if lengths[prompt] <= room[row]), len(rows))
@@ -491,8 +493,7 @@ def _rows_to_share(mask):
             room.append(T)
         rows[row].append(prompt)
         room[row] -= lengths[prompt]
-    padded_left = bool((mask.diff(dim=1) >= 0).all()) and min(lengths) > 0
-    return rows if padded_left and len(rows) < len(lengths) else []
+    return rows if len(rows) < len(lengths) else []
 
 
 def _prefill_shared(model, ids, mask, cache, rows):

@@ -1390,8 +1390,7 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
     if better:
         save_policy(run, policy.gpt, tokenizer, template, **figures)
     print("\n  ".join([f"step {run.step}/{run.total}  {line}", *samples]), file=sys.stderr)
-    with gpt.replacing(run.folder / "samples.txt") as file:  # from the log, which a resumed run cuts where it goes on
-        file.write("".join(text for _, text in run.metrics("samples")).encode())
+    run.write_samples(text for _, text in run.metrics("samples"))
     keys = {"reward": "val_reward", "KL to the start": "val_kl", "gold score": "val_gold"}
     draw_curves(run.folder / "curves.svg", f"{run.stage.upper()}, validation prompts",
                 {name: run.metrics(key) for name, key in keys.items()}, y_label="score; nats a response")

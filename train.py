@@ -654,6 +654,13 @@ def saved_options(config):
     return deciding(dataclasses.asdict(config))
 
 
+def move_aside(path):
+    """Rename a file or folder to the first free name with a number behind it."""
+    number = next(n for n in range(1, 10**6) if not Path(f"{path}.{n}").exists())
+    os.rename(path, f"{path}.{number}")
+    print(f"moved {path} to {path}.{number}", file=sys.stderr)
+
+
 def write_json(path, value):
     """Return None after writing a value as readable JSON, whole or not at all."""
     with replacing(path) as file:
@@ -746,7 +753,7 @@ class Run:
                                                    "aside; give another --out_dir")
             self.lock()  # not from under a process that works there
             self.lock_file.close()
-            self.move_aside()
+            move_aside(self.folder)
         if self.exists() and not config.resume:
             raise argparse.ArgumentError(None, f"{self.folder} holds a run: --resume continues it, --fresh moves it "
                                                "aside")
@@ -766,12 +773,6 @@ class Run:
     def exists(self):
         """Return whether the folder holds a run."""
         return any((self.folder / name).exists() for name in ("state.pt", "summary.json", "model.safetensors"))
-
-    def move_aside(self):
-        """Rename the folder to the first free name with a number behind it."""
-        number = next(n for n in range(1, 10**6) if not Path(f"{self.folder}.{n}").exists())
-        os.rename(self.folder, f"{self.folder}.{number}")
-        print(f"moved {self.folder} to {self.folder}.{number}", file=sys.stderr)
 
     def lock(self):
         """Hold the folder until this process ends, however it ends."""
@@ -1087,6 +1088,11 @@ class Run:
             rows = [json.loads(line) for line in file]
         return [(row["step"], row[key]) for row in rows if key in row]
 
+    def write_samples(self, texts):
+        """Write samples.txt anew, from texts of the log, which a resumed run cuts where it goes on."""
+        with replacing(self.folder / "samples.txt") as file:
+            file.write("".join(texts).encode())
+
 
 def trainable_state(model):
     """Return {name: tensor} of what training changes: all trainable parameters, each once (a tied head is one)."""
@@ -1300,8 +1306,7 @@ def write_evaluation(run, model, tokenizer, config, loss, better):
           + ("  best" if better else ""), file=sys.stderr)
     if config.sample_tokens:
         print(f"  sample: {' '.join(text.split())}", file=sys.stderr)
-        with replacing(run.folder / "samples.txt") as file:  # from the log, which a resumed run cuts where it goes on
-            file.write("".join(f"--- step {step}\n{text}\n" for step, text in run.metrics("sample")).encode())
+        run.write_samples(f"--- step {step}\n{text}\n" for step, text in run.metrics("sample"))
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", "Pretraining", curves)
 
