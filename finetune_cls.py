@@ -770,7 +770,9 @@ def input_lines(source):
     with open(source, "rb") if source else contextlib.nullcontext(sys.stdin.buffer) as file:
         if not source and sys.stdin.isatty():
             print("a message a line, please; Ctrl-D ends", file=sys.stderr)
-        for line in file:
+        for number, line in enumerate(file, 1):
+            if b"\0" in line:
+                raise ValueError(f"{source or 'stdin'}, line {number}: a zero byte, so this is no UTF-8 text")
             yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 
@@ -778,6 +780,8 @@ def classify(config):
     """Print the label of each message given, or label a message a line from --file or stdin as JSONL."""
     if config.text and config.file:
         raise argparse.ArgumentError(None, "give messages or --file, not both")
+    if len(config.text) == 1 and Path(config.text[0]).is_file():
+        print(f"note: this name is taken for the message; its lines: --file {config.text[0]}", file=sys.stderr)
     device = pick_device(config.device)
     config.file = "" if config.file == "-" else config.file
     if config.file and not Path(config.file).exists():

@@ -93,6 +93,7 @@ class LoRALinear(nn.Linear):
         check_options(rank, alpha, dropout, {"the layer": linear})
         nn.Module.__init__(self)  # nn.Linear's own would claim memory for a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kind = getattr(linear, "kind", type(linear))  # of the layer that merging puts back
         self.register_parameter("weight", linear.weight)
         self.register_parameter("bias", linear.bias)
         self.requires_grad_(False)
@@ -148,10 +149,10 @@ class LoRALinear(nn.Linear):
 def linears(model):
     """Return {name: layer} of the layers that can carry an adapter, those with one included.
 
-    Subclasses of nn.Linear are left out: whoever writes one may read its weight without calling it, as
-    nn.MultiheadAttention does with its output layer, and an adapter there would never run."""
-    return {name: module for name, module in model.named_modules()
-            if type(module) in (nn.Linear, LoRALinear) and module is not model}
+    Subclasses of nn.Linear are left out, but for those that say `takes_adapters`: whoever writes one may read its
+    weight without calling it, as nn.MultiheadAttention does with its output layer, and an adapter would never run."""
+    return {name: module for name, module in model.named_modules() if module is not model
+            and (type(module) in (nn.Linear, LoRALinear) or getattr(type(module), "takes_adapters", False))}
 
 
 def lora_layers(model):
@@ -216,8 +217,8 @@ def replace(model, new):
 
 
 def plain(layer, weight):
-    """Return an nn.Linear with the given weight and the bias of `layer`."""
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    """Return a linear layer, as `layer` was before it got an adapter, with the given weight and the bias of `layer`."""
+    linear = layer.kind(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = weight, layer.bias
     return linear.train(layer.training)
 
@@ -468,7 +469,9 @@ def read_adapter(directory):
     path, config_path = Path(directory) / "adapter_model.safetensors", Path(directory) / "adapter_config.json"
     for needed in (config_path, path):
         if not needed.is_file():
-            raise FileNotFoundError(f"no {needed}; an adapter is a folder that save_lora or PEFT wrote")
+            below = sorted(str(found.parent) for found in Path(directory).glob("*/**/adapter_config.json"))
+            raise FileNotFoundError(f"no {needed}; " + (f"give one of: {', '.join(below)}" if below else
+                                                        "an adapter is a folder that save_lora or PEFT wrote"))
     config, (read, _) = read_config(config_path), safetensors_functions()
     tensors, metadata = read(path)
     if "data_sha256" in metadata and metadata["data_sha256"] != data_sha256(path.read_bytes()):
@@ -545,7 +548,7 @@ def load_lora(model, directory, any_base=False):
     names, options, new = peft_names(model), (config["lora_alpha"], config["lora_dropout"], config["use_rslora"]), {}
     for name, layer in linears(model).items():
         A = tensors.get(f"{PREFIX}{names[name]}.lora_A.weight")
-        if A is not None and (type(layer) is nn.Linear or layer.rank != len(A)):
+        if A is not None and (type(layer) is not LoRALinear or layer.rank != len(A)):
             new[layer] = LoRALinear(layer, len(A), *options)
         elif A is None and type(layer) is LoRALinear:
             new[layer] = plain(layer, layer.weight)
@@ -774,9 +777,14 @@ def merge_command(args):
 def export_command(args):
     """Check an adapter against its base and write PEFT's files, which Hugging Face's GPT-2 loads."""
     model, _, _ = load_adapted(args.checkpoint, args.adapter)
-    path = save_lora(model, args.out, args.base_name)
+    ours = Path(args.checkpoint).is_file()
+    name = args.base_name or ("out/hf" if ours else args.checkpoint.replace("gpt2-small", "gpt2"))
+    path = save_lora(model, args.out, name)
+    if ours and not args.base_name:
+        print(f"the base, where it is not yet in Hugging Face's format:\n"
+              f"    python gpt2_weights.py export --source {shlex.quote(args.checkpoint)} --out {name}")
     print(f"written: {path} and adapter_config.json; with Hugging Face's packages:\n"
-          f"    base = transformers.AutoModelForCausalLM.from_pretrained({args.base_name!r})\n"
+          f"    base = transformers.AutoModelForCausalLM.from_pretrained({name!r})\n"
           f"    model = peft.PeftModel.from_pretrained(base, {args.out!r})")
 
 
@@ -825,13 +833,13 @@ def main(argv=None):
         "merge": (merge_command, {
             "--checkpoint": base,
             "--adapter": adapter,
-            "--out": dict(default="out/lora/merged.safetensors", help="where to write")}),
+            "--out": dict(default="out/merged.safetensors", help="where to write")}),
         "export": (export_command, {
             "--checkpoint": base,
             "--adapter": adapter,
-            "--out": dict(default="out/lora/peft", help="the folder to write"),
-            "--base_name": dict(default="gpt2", help="the base for Hugging Face: a name, or a folder that "
-                                                     "`gpt2_weights.py export` wrote")}),
+            "--out": dict(default="out/peft", help="the folder to write"),
+            "--base_name": dict(default="", help="the base for Hugging Face: a name, or a folder that "
+                                "`gpt2_weights.py export` wrote; default that of --checkpoint, or out/hf")}),
         "info": (info_command, {
             "--adapter": adapter,
             "--checkpoint": dict(help="the base, to compare the updates with its weights")}),

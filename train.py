@@ -802,7 +802,14 @@ class Run:
                 if saved.get(key) != given.get(key)]
         if rows:
             raise argparse.ArgumentError(None, f"{self.folder} was started with other options; " + "; ".join(rows)
-                                         + "; give the saved ones, or --fresh")
+                                         + "; give the saved ones, or --fresh" + self.way_on(rows))
+
+    def way_on(self, rows):
+        """Return how else a run can be made longer, where that alone is asked for, else nothing."""
+        asked, model = {row.split(":")[0] for row in rows}, self.folder / "model.safetensors"
+        if not asked <= {"epochs", "max_steps"} or not model.is_file():
+            return ""
+        return f"; its rates were made for that end, more steps go on from its weights: --init {model} --out_dir NEW"
 
     def finished(self):
         """Return the summary of a run that is done and was not made longer now, or None."""
@@ -1079,6 +1086,10 @@ class Run:
             with contextlib.suppress(ValueError):
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         if self.lock_file:
+            with contextlib.suppress(OSError):  # a folder that was refused before anything came into it goes again
+                if self.clock is None and [path.name for path in self.folder.iterdir()] == [".lock"]:
+                    (self.folder / ".lock").unlink()
+                    self.folder.rmdir()
             self.lock_file.close()
         Run.current = None
 
@@ -1471,9 +1482,10 @@ def finished_stages(root):
             summary["untrained_loss"] = summary["log"][0].get("val_loss")
         summary.update(read_rows(root / stage / "evaluation.json", {}))
         for other, columns in summary.get("rows", {}).items():
-            for column in KEYS.keys() & columns.keys() if other in found else ():
+            fewer = summary["prompts"] < found.get(other, {}).get("test_prompts", math.inf)  # than its own run had
+            for column in () if fewer else KEYS.keys() & columns.keys():
                 mean, half = columns[column]
-                found[other][KEYS[column] + "_interval"] = mean - half, mean + half
+                found[other] |= {KEYS[column]: mean, KEYS[column] + "_interval": (mean - half, mean + half)}
     return found
 
 

@@ -453,6 +453,10 @@ def test_messages_from_the_command_line_and_from_stdin(rows, capsys, monkeypatch
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in found)
     monkeypatch.setattr("sys.stdin", None)
     assert cls.main(["classify", "--file", "-"]) == 1 and "error: stdin is closed" in capsys.readouterr().err
+    Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    assert cls.main(["classify", "--file", "picture.png"]) == 1
+    assert "error: picture.png, line 3: a zero byte" in capsys.readouterr().err
+    assert cls.main(["classify", "picture.png"]) == 0 and "--file picture.png" in capsys.readouterr().err
 
 
 # --- what a user can get wrong

@@ -57,6 +57,24 @@ def test_layer_norm_written_out_equals_fused_and_torch():
     assert not torch.allclose(norm(x), unbiased, atol=1e-3)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (3, 16), (48,), (1, 4), (49,)])
+def test_the_linear_layer_is_torchs_own(bias, shape, monkeypatch):
+    """For few rows, where it multiplies the other way round, and for those just outside; contiguous, as attention
+    needs it; with gradients it is torch's to the bit."""
+    torch.manual_seed(0)
+    layer = gpt.Linear(512, 1100, bias=bias)
+    x = torch.randn(*shape, 512)
+    expected = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), expected)
+    calls, theirs = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: calls.append(args) or theirs(*args))
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous() and len(calls) == (not 4 < math.prod(shape) <= 48)
+
+
 def test_gelu_is_the_tanh_form_and_not_the_exact_one():
     """Values of the tanh form; the exact form differs enough to be seen."""
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)

@@ -663,6 +663,11 @@ def test_export_writes_the_same_adapter_with_the_bases_name(run_folder, capsys):
     assert "PeftModel.from_pretrained(base, 'peft')" in capsys.readouterr().out
     assert same(*(gpt.read_safetensors(f"{folder}/adapter_model.safetensors")[0] for folder in ("adapter", "peft")))
     assert json.loads(Path("peft/adapter_config.json").read_text())["base_model_name_or_path"] == "hf_base"
+    assert lora.main("export --checkpoint base.safetensors --adapter adapter".split()) == 0
+    shown = capsys.readouterr().out
+    assert "python gpt2_weights.py export --source base.safetensors --out out/hf" in shown
+    assert "from_pretrained('out/hf')" in shown and "gpt2'" not in shown
+    assert json.loads(Path("out/peft/adapter_config.json").read_text())["base_model_name_or_path"] == "out/hf"
 
 
 def test_info_prints_the_norm_of_every_update(run_folder, capsys):
@@ -681,6 +686,7 @@ def test_info_prints_the_norm_of_every_update(run_folder, capsys):
 
 @pytest.mark.parametrize("command, status, message", [
     ("merge --adapter nowhere --checkpoint base.safetensors", 1, "no nowhere"),
+    ("info --adapter .", 1, "give one of: adapter"),
     ("merge --adapter adapter --checkpoint nowhere", 1, "no checkpoint nowhere"),
     ("merge --adapter adapter --checkpoint other.safetensors", 1, "another base"),
     ("merge --adapter adapter --checkpoint base.safetensors --out base.safetensors", 2, "would overwrite"),

@@ -56,7 +56,7 @@ def summary(stage, **figures):
 def policy(gold):
     """Return the figures of a policy stage."""
     return dict(gold_before=0.25, gold_after=gold, reward_before=-0.5, reward_after=1.5, exact_match_before=0.3,
-                exact_match_after=0.4, kl=2.5, gold_std_before=0.5)
+                exact_match_after=0.4, kl=2.5, gold_std_before=0.5, test_prompts=20)
 
 
 @pytest.fixture
@@ -111,6 +111,15 @@ def report(folder, status=0):
 def cells(source, label):
     """Return the cells of all table columns of one name, as the page's source has them."""
     return [part.split("</td>")[0] for part in source.split(f'<td data-of="{label}">')[1:]]
+
+
+def test_a_smaller_evaluation_does_not_mix_with_the_runs_own_figures(out):
+    """A value and its interval are of the same prompts: the later evaluation's where it had as many, else the run's."""
+    rows = {"start": {"gold": [0.2, 0.3]}, "ppo": {"gold": [0.5, 0.25]}}
+    for prompts, value, interval in ((20, "0.50", "0.25 to 0.75"), (5, "0.75", "")):
+        write(out / "ppo" / "evaluation.json", {"prompts": prompts, "rows": rows})
+        found = {(row[0], row[1]): row for row in train.results(train.finished_stages(out))}["PPO", "gold score"]
+        assert found[2:4] == (value, interval), prompts
 
 
 def test_the_page_is_well_formed_and_loads_nothing(out):

@@ -347,6 +347,8 @@ def test_an_existing_run_is_never_overwritten(text, capsys):
     check_error(capsys, base, 2, "--resume", "--fresh")
     check_error(capsys, [*base, "--resume", "--learning_rate", "0.5", "--seed", "7"], 2,
                 "learning_rate: saved 0.001, given 0.5", "seed: saved 1234, given 7")
+    longer = ["--data", text, *TINY, "--max_steps", "9", "--resume"]
+    check_error(capsys, longer, 2, "max_steps: saved 3, given 9", "--init out/pretrain/model.safetensors --out_dir NEW")
     own = ["--data", text, "--max_steps", "3", "--init", "out/pretrain/model.safetensors", "--fresh"]
     check_error(capsys, own, 2, "--init out/pretrain/model.safetensors lies in --out_dir", "another --out_dir")
     assert train.main([*base, "--resume"]) == 0
