@@ -9,7 +9,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 
 .DEFAULT_GOAL := all
-.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report real test test-all test-peers bench bench-gpu clean
+.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report real test test-all test-peers test-gpu bench bench-gpu clean
 # A stage that was interrupted goes on; one that is older than what it starts from is moved aside and made anew.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
@@ -140,6 +140,9 @@ test-peers: $(VENV) ## install requirements-peers.txt and compare with those pac
 
 bench: $(VENV) ## time and memory beside other projects that are here: 20 min, nothing else running
 	$(PYTHON) tests/bench.py $(ARGS)
+
+test-gpu: $(VENV) ## the tests that need a GPU; they skip without one
+	$(PYTHON) -m pytest -q -m gpu $(ARGS)
 
 bench-gpu: $(VENV) ## the same on a GPU: 8 min
 	$(PYTHON) tests/bench.py --gpu $(ARGS)

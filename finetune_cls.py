@@ -146,7 +146,9 @@ def read_parts(config):
                          "labels")
     sizes = ", ".join(f"{len(part):,} {name}" for part, name in zip(parts, PARTS))
     if not all(parts):
-        raise ValueError(f"{config.data}: {sum(counts.values())} messages are too few to split: {sizes}")
+        texts = {same(row) for part in parts for row in part}
+        raise ValueError(f"{config.data}: {sum(counts.values())} messages, {len(texts)} of them different, are too few "
+                         f"to split: {sizes}")
     labels = sorted({label for label, _ in parts[0]})
     rare = sorted(set(counts) - set(labels))
     if rare:

@@ -179,7 +179,8 @@ def load_entries(config, *parts):
     named = {"train": train[: config.examples or None], "val": val, "test": test, "all": entries}
     for part in parts:
         if not named[part]:
-            raise ValueError(f"{config.data}: the {part} part of {len(entries)} entries is empty; give more entries")
+            raise ValueError(f"{config.data}: the {part} part of {len(entries)} entries to "
+                             f"{len(set(map(prompt_of, entries)))} different prompts is empty; give more")
     return [named[part] for part in parts]
 
 

@@ -352,7 +352,8 @@ class GPTModel(nn.Module):
             allowed = attention_mask(None, past, T, ids.device) if past and T > 1 else None
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.trf_blocks):
-            x = block(x, allowed, cache, layer, rows if layer == len(self.trf_blocks) - 1 else None)
+            at = 0 if cache is None else layer  # a number that differs would have a compiled block compiled again
+            x = block(x, allowed, cache, at, rows if layer == len(self.trf_blocks) - 1 else None)
         if cache is not None:
             cache.length += T
         return self.final_norm(x)
@@ -622,7 +623,9 @@ def replacing(path):
 
 def tensor_bytes(tensor):
     """Return the memory of a contiguous CPU tensor as a buffer, without copying it."""
-    return (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    buffer = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    buffer.tensor = tensor  # whose memory would be freed under it, where the caller holds only the buffer
+    return buffer
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -939,6 +942,16 @@ def run(doc, commands, argv=None):
 # The three commands
 
 
+def file_in(folder):
+    """Return what to do with a folder that was given instead of a checkpoint's file, in words."""
+    if (folder / "adapter_config.json").is_file():
+        return f"of an adapter: python lora.py merge --adapter {folder} writes a checkpoint"
+    if (folder / "config.json").is_file():
+        return f"if Hugging Face's, make a checkpoint of it: python gpt2_weights.py import --source {folder}"
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*/*.safetensors"))
+    return f"name the file, such as {found[0]}" if found else "and no checkpoint is in it; name the file"
+
+
 def load_for_cli(name, device="cpu"):
     """Return (model, tokenizer) for a checkpoint file or a GPT-2 name."""
     from tokenizer import from_dict, load_tokenizer
@@ -948,7 +961,7 @@ def load_for_cli(name, device="cpu"):
 
         return load_gpt2(name).to(device).eval(), load_tokenizer("gpt2")
     if Path(name).is_dir():
-        raise ValueError(f"{name} is a folder; name the file, such as {Path(name) / 'model.safetensors'}")
+        raise ValueError(f"{name} is a folder; {file_in(Path(name))}")
     if not Path(name).is_file():
         raise FileNotFoundError(f"no checkpoint {name}; make one with: python train.py")
     model, tokenizer, made = load_checkpoint(name, device)

@@ -674,7 +674,7 @@ def load_adapted(checkpoint, adapter):
 
 def fine_tune(task, out_dir, flags):
     """Return the exit status of one fine-tuning run, in a process of its own."""
-    script, score = TASKS[task]
+    script = TASKS[task][0]
     path = Path(__file__).with_name(script)
     if not path.is_file():
         raise FileNotFoundError(f"compare runs {script}, which is not beside {Path(__file__).name}")

@@ -21,8 +21,9 @@ data.read_preferences; files are divided by prompt into 85% training, 5% validat
 model that instruction tuning made; `reward` and `dpo --loss sft` may begin from `scratch`, with fresh weights and a
 tokenizer of the training pairs. Writes into --out_dir: model.safetensors (a reward model's scores have mean 0 and
 standard deviation 1 on the start's own responses, with scratch or --blind on the validation answers), adapter/ with
---lora_rank, state.pt, metrics.jsonl, curves.svg, samples.txt, summary.json; `evaluate` writes evaluation.json beside
-the first model; `rate` appends to --ratings, which `reward` and `dpo` take as --data or --extra.
+--lora_rank, state.pt, metrics.jsonl, curves.svg and further .svg of the steps, samples.txt, summary.json; `evaluate`
+writes evaluation.json beside the first model; `rate` appends to --ratings, which `reward` and `dpo` take as --data or
+--extra.
 
 Logged at each step of PPO and GRPO: objective/scores (mean reward of the batch), objective/kl (k1, nats a response, of
 the sampled tokens), objective/kl_exact (over whole distributions, never negative), objective/entropy (nats a response),
@@ -33,7 +34,8 @@ returns, by the critic), val/stopped (share of responses that ended), loss/ptx, 
 Differs from OpenAI's code (Ziegler et al. 2019) and TRL's: tokens behind the stop token are masked out everywhere; the
 score stands at the stop token; a response that never stops loses a point instead of getting a fixed score; log-probs
 are recomputed by the forward pass that trains, so the first ratios are 1 to the bit; all padding is masked, no id is
-reserved for it; GRPO ties to the start by k2. Sources: Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022;
+reserved for it; GRPO ties to the start by k2, and each token of a batch weighs the same (in its paper each response
+does). Sources: Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022;
 Schulman et al. 2016 and 2017; Rafailov et al. 2023; Shao et al. 2024; Huang et al. 2024, "The N+ implementation details
 of RLHF with PPO". What each function takes from them stands in its docstring.
 """
@@ -90,6 +92,8 @@ class Config(Options):
 
     data: str = option("tinyworld", "pairs: tinyworld, preferences, hh_rlhf, or a .json, .jsonl or .gz file")
     examples: int = option(0, "use the first so many training pairs, 0 = all", low=0)
+    split_seed: int = option(1234, "of the division of a file into train, validation and test, the same for all "
+                             "stages; -1 = --seed, which gives each of several --seeds a division of its own", low=-1)
     extra: str = option("", "a file of further pairs to train on, those that `rate` wrote for instance")
     init: str = option("out/sft/model.safetensors", "the policy to start from: a checkpoint file, gpt2 ... gpt2-xl, or "
                        "scratch (reward; dpo --loss sft)")
@@ -407,6 +411,7 @@ def without_left_padding(ids, mask):
 
     A causal model needs no mask then: no real token sees the padding, which stands behind all of them; and a row's
     first token has position 0. That is faster than attention with a mask, and columns are saved."""
+    mask = mask.long()  # bool masks are welcome too
     left, lengths = mask.argmax(dim=1), mask.sum(dim=1)
     columns = torch.arange(int(lengths.max()), device=ids.device) + left[:, None]
     return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), left, lengths
@@ -579,9 +584,12 @@ def load_pairs(config):
             "preferences", part, config.examples or None if part == "train" else None)] for part in names]
     else:
         pairs = different_pairs(config.data)
-        parts = list(split(pairs, seed=config.seed, group=lambda pair: pair["prompt"]))
+        seed = config.seed if config.split_seed < 0 else config.split_seed
+        parts = list(split(pairs, seed=seed, group=lambda pair: pair["prompt"]))
         if not all(parts):
-            raise ValueError(f"{config.data}: {len(pairs)} pairs are too few to split into train, validation and test")
+            prompts = len({pair["prompt"] for pair in pairs})
+            raise ValueError(f"{config.data}: {len(pairs)} pairs to {prompts} different prompts are too few to split "
+                             "into train, validation and test")
     parts[0] = parts[0][: config.examples or None]
     if config.extra:
         held_out = {pair["prompt"] for part in parts[1:] for pair in part}
@@ -784,7 +792,9 @@ def load_reward(name, device):
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"--reward {name}: {error}; it takes module:function for a file {module}.py here") from None
+        module = module.removesuffix(".py")
+        raise ValueError(f"--reward {name}: {error}; it takes module:function, so {module}:{function} for a file "
+                         f"{module}.py here") from None
     finally:
         sys.path.remove(os.getcwd())
 
@@ -1075,17 +1085,18 @@ def finish_reward(run, parts, rows):
     gold = [rubric(gold_score, [p["prompt"] for p in parts[2]], [p[side] for p in parts[2]])
             for side in ("chosen", "rejected")]
     truth = hits[truth_decides(parts[2])] if gold[0] is not None else hits[:0]
-    low, high = wilson(hits.sum().item(), len(hits))
+    lead, (low, high) = (hits - bayes).mean().item(), wilson(hits.sum().item(), len(hits))
     summary = run.finish(
         accuracy=hits.mean().item(), accuracy_interval=(low, high), length_baseline_accuracy=length,
         accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
         accuracy_truth=truth.mean().item() if len(truth) else None, truth_pairs=len(truth),
-        naive_bayes_accuracy=bayes.mean().item(), ahead_of_naive_bayes=(hits - bayes).mean().item(),
-        ahead_interval=half_width(hits - bayes), margin=margins.mean().item(), val_loss=run.best_value,
-        test_loss=-F.logsigmoid(margins).mean().item(), calibration_error=calibration(margins), test_pairs=len(hits))
+        naive_bayes_accuracy=bayes.mean().item(), ahead_of_naive_bayes=lead,
+        ahead_interval=(lead - half_width(hits - bayes), lead + half_width(hits - bayes)),
+        margin=margins.mean().item(), val_loss=run.best_value, test_loss=-F.logsigmoid(margins).mean().item(),
+        calibration_error=calibration(margins), test_pairs=len(hits))
     where = "" if not len(truth) else f", {truth.mean():.1%} of the {len(truth)} where only truth decides"
     print(f"reward model: accuracy {hits.mean():.1%} ({low:.1%} to {high:.1%}) on {len(hits):,} held-out pairs{where}; "
-          f"going by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {(hits - bayes).mean():.1%} "
+          f"going by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {lead:.1%} "
           f"+-{half_width(hits - bayes):.1%}); margin {margins.mean():.2f}, calibration error "
           f"{summary['calibration_error']:.3f}; {summary['seconds']:.0f} s; {run.folder}/model.safetensors")
     return summary
@@ -1176,7 +1187,9 @@ def improve(policy, episodes, advantages, returns, kl_coef, config, apply, conte
         if config.ptx_coef and prompts:
             metrics["loss/ptx"] = keep_skills(policy.gpt, prompts, config, context)
             batch_loss += metrics["loss/ptx"]
-        assert done or abs(metrics["val/ratio"] - 1) < 0.05, "the first ratio is not 1: dropout, or other temperatures?"
+        if not done and abs(metrics["val/ratio"] - 1) > 0.05:
+            raise ValueError(f"the first ratio of new to old probability is {metrics['val/ratio']:.3f}, not 1: sampling"
+                             " and learning do not see the same model; --dtype float32 may help")
         if done and config.max_approxkl and metrics["policy/approxkl"] > config.max_approxkl:
             break
         done.append((batch_loss, metrics, *apply(batch_loss)))  # 6. clip, set the rate, update
@@ -1211,6 +1224,20 @@ def report_policy(run, episodes, loss, norm, rate, metrics):
               f"{metrics['response_length']:.1f}  {metrics['eps']:.0f} episodes/s", file=sys.stderr)
 
 
+PANELS = {  # file: (what its numbers are, which figures of a step it draws)
+    "objective": ("score; nats a response", ("objective/scores", "objective/kl", "objective/entropy")),
+    "policy": ("share; nats; share of the variance", ("policy/clipfrac", "policy/approxkl", "val/explained_variance")),
+    "episodes": ("tokens; episodes a second", ("response_length", "eps")),
+}
+
+
+def draw_steps(run, name, keys, label):
+    """Return None after drawing figures of the steps, {line: key of the log}, into the run's folder."""
+    if run.step:
+        draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}",
+                    {line: run.metrics(key) for line, key in keys.items()}, y_label=label)
+
+
 def adapt(run, kl, episodes):
     """Return None after adapting the KL coefficient, and ending the run where the policy has gone too far."""
     config = run.config
@@ -1218,7 +1245,7 @@ def adapt(run, kl, episodes):
         run.kept["kl_coef"] = kl_controller(run.kept["kl_coef"], kl, config.kl_target, episodes, config.kl_horizon)
     if config.max_kl and kl > config.max_kl:
         print(f"KL {kl:.2f} nats a response is above --max_kl {config.max_kl:g}: stopping early", file=sys.stderr)
-        run.total = run.step
+        run.total, run.kept["ended"] = run.step, True
 
 
 def train_policy(config, stage):
@@ -1232,7 +1259,9 @@ def train_policy(config, stage):
     if summary := run.finished():
         return summary
     group = config.group if stage == "grpo" else 1
-    per_batch = max(1, config.batch_size // group)
+    if config.batch_size % group:
+        raise argparse.ArgumentError(None, f"--batch_size {config.batch_size} must be a multiple of --group {group}")
+    per_batch = config.batch_size // group
     per_epoch = math.ceil(len(prompts) / per_batch)
     run.start(policy, make_optimizers(policy, config), total_steps(config, per_epoch),
               fingerprint(prompts, config.init, config.reward))
@@ -1266,9 +1295,13 @@ def pair_logprobs(model, rows, pad_id):
     return answer_logprobs(model, *pair_states(model, rows, pad_id), rows, pad_id)
 
 
-def pair_loss(model, start, rows, pad_id, config):
-    """Return (loss, metrics) of B Pairs: DPO's, or with --loss sft that of writing the chosen answers."""
+def pair_loss(model, start, rows, pad_id, config, compared=True):
+    """Return (loss, metrics) of B Pairs: DPO's, or with --loss sft that of writing the chosen answers.
+
+    The metrics compare with the start; --loss sft needs it for nothing else, and does without if not `compared`."""
     chosen, rejected = pair_logprobs(model, rows, pad_id)
+    if config.loss == "sft" and not compared:
+        return -chosen.mean(), {}
     with torch.no_grad(), start() as reference:
         ref_chosen, ref_rejected = pair_logprobs(reference, rows, pad_id)
     if config.loss == "dpo":
@@ -1300,14 +1333,16 @@ def train_dpo(config):
         order = epoch_order(len(train_rows), config.seed, epoch).tolist()
         for batch in run.batches(order, config.batch_size):  # 2. each batch
             model.zero_grad(set_to_none=True)  # 3. clear gradients
-            batch_loss, tokens = 0.0, 0
+            batch_loss, tokens, metrics = 0.0, 0, Counter()
             for rows, share in in_pieces([train_rows[i] for i in batch], config.accumulate):
                 with context:
-                    loss, _ = pair_loss(model, start, rows, tokenizer.eot_id, config)
+                    loss, found = pair_loss(model, start, rows, tokenizer.eot_id, config, compared=False)
                 loss = loss * share  # 4. loss
                 loss.backward()  # 5. backward
                 batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
+                metrics.update({key: value * share for key, value in found.items()})
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
+            run.log(**metrics)
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
                 evaluate_pairs(run, model, start, val_rows, tokenizer, template)
@@ -1324,13 +1359,15 @@ def evaluate_pairs(run, model, start, rows, tokenizer, template):
         loss += value.item() * share
         sums.update({key: value * share for key, value in metrics.items()})
     better = run.best(loss)
-    run.log(val_loss=loss, **sums)
+    run.log(val_loss=loss, **{f"val_{key}": value for key, value in sums.items()})
     if better:
         save_policy(run, model, tokenizer, template, val_loss=loss)
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {sums['rewards/accuracies']:.1%}  margin "
           f"{sums['rewards/margins']:.3f}" + ("  best" if better else ""), file=sys.stderr)
     curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
     draw_curves(run.folder / "curves.svg", run.config.loss.upper(), curves, y_label="loss, nats a pair")
+    keys = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"}
+    draw_steps(run, "margins", {name: f"val_{key}" for name, key in keys.items()}, "beta log(policy / start)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1394,6 +1431,8 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
     keys = {"reward": "val_reward", "KL to the start": "val_kl", "gold score": "val_gold"}
     draw_curves(run.folder / "curves.svg", f"{run.stage.upper()}, validation prompts",
                 {name: run.metrics(key) for name, key in keys.items()}, y_label="score; nats a response")
+    for name, (label, keys) in PANELS.items():
+        draw_steps(run, name, {key: key for key in keys}, label)
 
 
 def implied_margins(model, start, rows, pad_id):

@@ -725,6 +725,8 @@ def load_tokenizer(source):
         folder = (os.path.dirname(path) or ".") if path.endswith(".json") else path
         raise FileNotFoundError(f"no tokenizer at {path}; python tokenizer.py train --out_dir {folder} makes "
                                 f"{os.path.join(folder, 'tokenizer.json')}")
+    if path.endswith(".safetensors"):
+        raise ValueError(f"{path} is a model, not a tokenizer; give the tokenizer.json that it was trained with")
     return from_dict(read_json(path), path)
 
 

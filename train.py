@@ -600,10 +600,7 @@ def load_start(config, default_command):
 
         model, tokenizer, made = load_gpt2(config.init), load_tokenizer("gpt2"), {"kind": "gpt", "init": config.init}
     elif (folder := Path(config.init)).is_dir():
-        theirs = (folder / "config.json").is_file()
-        raise ValueError(f"--init {folder} is a folder; " + (
-            f"if Hugging Face's, make a checkpoint of it: python gpt2_weights.py import --source {folder}" if theirs
-            else f"name the file, such as {folder / 'model.safetensors'}"))
+        raise ValueError(f"--init {folder} is a folder; {gpt.file_in(folder)}")
     elif not folder.is_file():
         raise FileNotFoundError(f"--init {config.init} does not exist; make it with: {default_command}")
     else:
@@ -795,6 +792,8 @@ class Run:
 
         With the constant schedule, whose rates do not depend on the end, a run may be made longer."""
         saved, given = deciding(saved), saved_options(self.config)
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        saved = {**{key: defaults[key] for key in given if key not in saved}, **saved}  # an older version's lack some
         if given["schedule"] == "constant":
             longer = {key for key in ("epochs", "max_steps") if given[key] == 0 or 0 < saved.get(key, 0) < given[key]}
             saved = {**saved, **{key: given[key] for key in longer}}
@@ -837,7 +836,8 @@ class Run:
         if self.config.warmup_steps >= total:
             print(f"warning: --warmup_steps {self.config.warmup_steps} for a run of {total} steps: the learning rate "
                   "rises to the very end; give fewer", file=sys.stderr)
-        if self.config.patience and self.bad_evaluations >= self.config.patience:  # it had stopped early
+        patience = self.config.patience
+        if patience and self.bad_evaluations >= patience or self.kept.get("ended"):  # it had stopped early
             self.total = self.step
         if process() == 0:
             self.cut_log()
@@ -944,7 +944,7 @@ class Run:
     def write_state(self, model, optimizers):
         """Write state.pt with these parts of it."""
         progress = ("step", "tokens", "best_value", "bad_evaluations", "loss_sum", "count", "train_seconds", "kept")
-        cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda_rng = torch.cuda.get_rng_state_all() if next(self.model.parameters()).device.type == "cuda" else []
         state = {"format": 1, "step": self.step, "options": saved_options(self.config),
                  "data_sha256": self.data_sha256, "model": model, "optimizers": optimizers,
                  "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
@@ -1068,7 +1068,7 @@ class Run:
                    "seed": self.config.seed, "data": {"source": self.config.data, "sha256": self.data_sha256},
                    "config": saved_options(self.config),
                    "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                   "optimizer_bytes": optimizer_bytes, "peak_memory_bytes": peak_memory(),
+                   "optimizer_bytes": optimizer_bytes, "peak_memory_bytes": peak_memory(self.model),
                    "step_seconds": round(self.train_seconds / max(1, self.step), 5), **figures}
         if several:
             summary["processes"] = processes()
@@ -1127,10 +1127,11 @@ def versions():
             "threads": torch.get_num_threads()}
 
 
-def peak_memory():
-    """Return the most memory this process has held so far, in bytes: the GPU's where there is one, else the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(model):
+    """Return the most memory this process has held so far, in bytes: the GPU's where the model is on one."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -1232,9 +1233,18 @@ def check_sizes(config, *others):
 
 
 def compile_blocks(model, config):
-    """Return None; with --compile the blocks are compiled for any shape, in place."""
+    """Return None; with --compile the blocks are compiled for any shape, in place, for calls without a cache.
+
+    With one they stay as they are: each layer and length would be compiled anew, and after eight such torch gives up
+    for good, in training too."""
+    def without_cache(plain, compiled):
+        def forward(x, allowed=None, cache=None, layer=0, rows=None):
+            return (plain if cache is not None else compiled)(x, allowed, cache, layer, rows)
+
+        return forward
+
     for block in model.trf_blocks if config.compile else ():
-        block.compile(dynamic=True)
+        block.forward = without_cache(block.forward, torch.compile(block.forward, dynamic=True))
 
 
 def train_each_seed(train, config, folder):
@@ -1322,6 +1332,14 @@ def write_evaluation(run, model, tokenizer, config, loss, better):
     draw_curves(run.folder / "curves.svg", "Pretraining", curves)
 
 
+def windows_of(config, path, length):
+    """Return the windows of a token file; raises ValueError that names the part of --data which is too short."""
+    try:
+        return SlidingWindowDataset(load_tokens(path), length, length)
+    except ValueError as error:
+        raise ValueError(f"the {path.stem} part of {config.data}: {error}") from None
+
+
 def train(config):
     """Pretrain a model as `config` says and return the summary, a dict that summary.json holds too."""
     device = pick_device(config.device)
@@ -1334,14 +1352,15 @@ def train(config):
         tokenizer = first(pretraining_tokenizer, config)
         model = new_model(config, tokenizer)
     else:
-        model, tokenizer, _ = first(load_start, config, "python train.py")  # its weights know no other tokenizer
+        model, tokenizer, made = first(load_start, config, "python train.py")  # its weights know no other tokenizer
+        if made["kind"] != "gpt":
+            raise ValueError(f"--init {config.init} is a {made['kind']}, which writes no text; give a language model")
     folder = first(prepare, config.data, tokenizer)
     model = shard(model, device) if config.fsdp else model.to(device)
     config = copy.copy(config)  # the caller's stays as it is
     config.learning_rate = default_rate(config, model) if config.learning_rate < 0 else config.learning_rate
     length = model.config.context_length
-    windows = SlidingWindowDataset(load_tokens(folder / "train.bin"), length, length)
-    val_windows = SlidingWindowDataset(load_tokens(folder / "val.bin"), length, length)
+    windows, val_windows = (windows_of(config, folder / f"{part}.bin", length) for part in ("train", "val"))
     run = Run(config, "pretrain")
     if summary := run.finished():
         return summary
@@ -1385,7 +1404,7 @@ def evaluate(config):
     model, tokenizer = gpt.load_for_cli(config.checkpoint or f"{config.out_dir}/model.safetensors", device)
     folder = prepare(config.data, tokenizer)
     length = config.context_length or model.config.context_length
-    windows = SlidingWindowDataset(load_tokens(folder / "val.bin"), length, length)
+    windows = windows_of(config, folder / "val.bin", length)
     loss, tokens = evaluate_loss(model, windows, context=autocast(config, device))
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens,
                "bits_per_byte": bits_per_byte(loss, token_info(folder / "val.bin"))}

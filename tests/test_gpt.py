@@ -704,7 +704,7 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, tmp_path):
              (["--temperature", "nan"], 2, "temperature"), (["--seed", "-1"], 2, "seed"),
              (["invent"], 2, "unknown command 'invent'"), (["--top_p", "0"], 2, "top_p"),
              (["--checkpoint", str(tmp_path / "none")], 1, "python train.py"),
-             (["--checkpoint", str(tmp_path)], 1, f"is a folder; name the file, such as {model}"),
+             (["--checkpoint", str(tmp_path)], 1, "is a folder; name the file, such as"),
              (["--checkpoint", str(tmp_path / "text")], 1, "give a model.safetensors"),
              (["--max_new_tokens", "-1"], 2, "--max_new_tokens must be at least 0"),
              (["--num_samples", "0"], 2, "--num_samples must be at least 1"),

@@ -741,7 +741,10 @@ def test_reward_model_and_ppo_run_from_files(folder, capsys):
     logged = set().union(*rows)
     assert {"objective/kl", "objective/scores", "objective/entropy", "policy/clipfrac", "policy/approxkl", "eps",
             "val/explained_variance", "response_length", "val_reward"} <= logged
-    assert Path("out/ppo/curves.svg").exists() and "->" in Path("out/ppo/samples.txt").read_text(encoding="utf-8")
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in Path("out/ppo").glob("*.svg")}
+    assert sorted(drawn) == ["curves.svg", "episodes.svg", "objective.svg", "policy.svg"]
+    assert all(f"{name} " in drawn["objective.svg"] for name in ("objective/kl", "objective/scores", "objective/entropy"))
+    assert "->" in Path("out/ppo/samples.txt").read_text(encoding="utf-8")
     capsys.readouterr()
     assert rlhf.main(["evaluate", *SMALL_RUN, "--checkpoint", "out/ppo/model.safetensors"]) == 0
     table = capsys.readouterr().out
@@ -830,6 +833,29 @@ def test_a_run_that_was_killed_shows_each_sample_once(folder, monkeypatch):
     assert killed == whole and whole.count("--- step ") == 3
 
 
+def test_a_run_that_its_kl_ended_stays_ended(folder, monkeypatch):
+    """Killed while the figures at the end were made, then resumed: no further step, as in a run never killed."""
+    flags = ("--reward", "mine:length", "--max_steps", 12, "--learning_rate", 2e-2, "--max_kl", 0.02, "--kl_coef", 0)
+
+    def killed(*args):
+        raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf, "finish_policy", killed)
+        run("ppo", *flags, status=1)
+    ended = train.read_state("out/ppo/state.pt")["step"]
+    assert ended < 12 and run("ppo", *flags, "--resume")["steps"] == ended
+    assert run("ppo", *flags, "--fresh")["steps"] == ended
+
+
+def test_a_file_is_divided_alike_whatever_the_seed(folder):
+    """So no policy is tested on prompts that its reward model learned from; --split_seed -1 divides by --seed."""
+    divided = [[{pair["prompt"] for pair in part} for part in rlhf.load_pairs(rlhf.Config(
+        data="pairs.json", seed=seed, split_seed=split))] for split in (1234, -1) for seed in (1, 2)]
+    assert divided[0] == divided[1] and divided[2] != divided[3]
+    assert all(not a & b for parts in divided for a, b in itertools.combinations(parts, 2))
+
+
 def test_with_lora_the_start_is_the_model_with_its_adapters_off(folder):
     """One copy of the weights: the reference is the same object; switched off it is the start to the bit after training."""
     model, _, _ = gpt.load_checkpoint("start.safetensors")
@@ -865,7 +891,9 @@ def test_dpo_and_grpo_runs_begin_where_they_should(folder):
     rows = [json.loads(line) for line in open("out/dpo/metrics.jsonl", encoding="utf-8")]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.3
-    assert [row["rewards/margins"] for row in rows if "rewards/margins" in row][-1] > 1
+    for key in ("rewards/margins", "val_rewards/margins"):
+        assert [row[key] for row in rows if key in row][-1] > 1
+    assert ">margin " in Path("out/dpo/margins.svg").read_text(encoding="utf-8")
     summary = run("grpo", "--reward", "mine:length", "--max_steps", 2, "--group", 4)
     assert summary["trainable_parameters"] == sum(p.numel() for p in gpt.load_checkpoint("start.safetensors")[0].parameters())
     assert run("dpo", "--loss", "sft", "--max_steps", 3, "--fresh")["kl"] > 0

@@ -235,6 +235,30 @@ def test_accumulation_changes_nothing_but_rounding(text):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_the_hash_of_frozen_weights_is_theirs_where_they_have_to_be_copied(monkeypatch):
+    """On a GPU `cpu()` makes a tensor that nobody else holds: its memory must last until it is hashed."""
+    torch.manual_seed(0)
+    model = gpt.GPTModel(gpt.GPT_CONFIGS["tiny"]).requires_grad_(False)
+    expected = train.frozen_sha256(model)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    assert [train.frozen_sha256(model) for _ in range(3)] == [expected] * 3
+    next(model.parameters())[0, 0] += 1
+    assert train.frozen_sha256(model) != expected
+
+
+def test_a_state_that_lacks_a_newer_option_resumes_with_its_default(text, stop_after, capsys):
+    """An option that came later than the state counts as not given; given otherwise, it differs."""
+    flags = ["--max_steps", 4]
+    with stop_after(2):
+        pretrain(*flags, status=128 + signal.SIGTERM)
+    state = torch.load("out/pretrain/state.pt", weights_only=True)
+    del state["options"]["momentum"]
+    torch.save(state, "out/pretrain/state.pt")
+    check_error(capsys, ["--data", text, *TINY, "--max_steps", "4", "--resume", "--momentum", "0.5"], 2,
+                "momentum: saved 0.9, given 0.5")
+    assert pretrain(*flags, "--resume")["steps"] == 4
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(text):
     """With a rate of 0 no evaluation is better than the first: patience 2 stops after two more."""
     assert pretrain("--max_steps", 50, "--eval_every", 5, "--learning_rate", 0, "--patience", 2)["steps"] == 10
@@ -524,7 +548,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
              (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
              (["--data", text, "--init", "theirs"], 1, "python gpt2_weights.py import --source theirs"),
-             (["--data", text, "--init", "."], 1, "--init . is a folder; name the file, such as model.safetensors"),
+             (["--data", text, "--init", "."], 1, "--init . is a folder; and no checkpoint is in it"),
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
              ([*base, "--learning_rate", "-0.5"], 2, "-1 or at least 0"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
