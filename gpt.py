@@ -7,7 +7,7 @@
 
 To use it elsewhere copy this file alone; only the command line needs tokenizer.py too. As a library:
 
-    model, tokenizer, made = load_checkpoint("out/pretrain/model.safetensors")
+    model, tokenizer, made = load_checkpoint("out/pretrain/model.safetensors")  # a dict, for tokenizer.from_dict
     ids = generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=20, temperature=0.8, top_p=0.95)
 
 The text reads from leaf to root: options, layer norm, GELU, feed-forward, attention, block, model; then sampling and

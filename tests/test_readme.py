@@ -2,15 +2,19 @@
 
 import ast
 import importlib
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import gpt
 import train
+from tokenizer import BPETokenizer
 from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,3 +201,16 @@ def test_the_table_of_topics_names_only_what_is_there():
             for part in name.split("."):
                 there = getattr(there, part, None)
             assert callable(there), f"{file}.py has no {name}"
+
+
+def test_the_python_examples_run(tmp_path):
+    """Each block marked as Python, as it stands, beside a checkpoint: no error, no warning, some text."""
+    tokenizer = BPETokenizer.train(["At the market Tom has a red ball."], 270)
+    model = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 32, 16, 2, 1))
+    gpt.save_checkpoint(tmp_path / "out" / "pretrain" / "model.safetensors", model, tokenizer)
+    examples = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert examples
+    for code in examples:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0 and done.stdout.startswith("At the market") and done.stderr == "", done.stderr
