@@ -1255,12 +1255,12 @@ def train_policy(config, stage):
     reward, start = load_reward(config.reward, model.device), start_of(model)
     policy = Policy(model).to(model.device).eval()  # dropout is off throughout, see `play`
     policy.value_head.requires_grad_(stage == "ppo")
-    run = Run(config, stage)
-    if summary := run.finished():
-        return summary
     group = config.group if stage == "grpo" else 1
     if config.batch_size % group:
         raise argparse.ArgumentError(None, f"--batch_size {config.batch_size} must be a multiple of --group {group}")
+    run = Run(config, stage)
+    if summary := run.finished():
+        return summary
     per_batch = config.batch_size // group
     per_epoch = math.ceil(len(prompts) / per_batch)
     run.start(policy, make_optimizers(policy, config), total_steps(config, per_epoch),
@@ -1342,7 +1342,8 @@ def train_dpo(config):
                 batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
                 metrics.update({key: value * share for key, value in found.items()})
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
-            run.log(**metrics)
+            if metrics:
+                run.log(**metrics)
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
                 evaluate_pairs(run, model, start, val_rows, tokenizer, template)

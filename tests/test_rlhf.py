@@ -277,6 +277,15 @@ def test_padding_changes_no_score_and_no_gradient():
 
 
 @pytest.mark.parametrize("head", rlhf.HEADS)
+def test_a_reward_model_takes_any_kind_of_mask(head):
+    """Whole numbers, truth values and floats say the same."""
+    model, ids = RewardModel(toy().gpt, head), torch.tensor([[0, 0, 3, 4, 5], [2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        scores = [model(ids, (ids > 0).to(dtype), 2) for dtype in (torch.long, torch.bool, torch.float32)]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2]) and scores[0][0] != scores[0][1]
+
+
+@pytest.mark.parametrize("head", rlhf.HEADS)
 def test_a_reward_models_score_ignores_padding_and_batch(head):
     """Padding left, right or none, alone or in a batch: the same score; the last real token decides."""
     torch.manual_seed(0)
@@ -986,6 +995,8 @@ def test_mistakes_get_one_line(folder, capsys):
     cases = [(["reward", "--data", "equal.json", *base], 1, "10 of 90 pairs"),
              (["reward", "--data", "three.json", *base], 1, "'preferred' must be 1 or 2"),
              (["reward", "--data", "missing.json", *base], 1, "response_2"),
+             (["grpo", *SMALL_RUN, "--reward", "mine:length", "--group", "3"], 2, "a multiple of --group 3"),
+             ([*ppo, "--reward", "mine.py:length"], 1, "so mine:length for a file mine.py"),
              (["reward", "--data", "few.json", *base], 1, "too few"), (["reward", "--data", "no.json", *base], 1, "no.json"),
              (["reward", *SMALL_RUN[:2]], 1, "python finetune_sft.py"), (ppo, 1, "python rlhf.py reward"),
              ([*ppo, "--reward", "start.safetensors"], 1, "no reward model"),

@@ -18,6 +18,7 @@ import torch.nn as nn
 
 import gpt
 import train
+from tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--tokenizer char --emb_dim 16 --n_layers 2 --n_heads 2 --context_length 16 --batch_size 4 --sample_tokens 5 --learning_rate 1e-3".split()
@@ -537,6 +538,12 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    classifier = gpt.GPTModel(gpt.GPTConfig(27, 16, 16, 2, 1))
+    classifier.out_head = torch.nn.Linear(16, 2)
+    letters = CharTokenizer.train(["abcdefghijklmnopqrstuvwxyz"])
+    gpt.save_checkpoint(tmp_path / "cls.safetensors", classifier, letters, kind="classifier", labels=["a", "b"])
     base = ["--data", text, *TINY, "--max_steps", "2"]
     cases = [(["--data", "none.txt", *TINY], 1, "none.txt"), (["--data", "empty.txt", *TINY], 1, "empty.txt"),
              (["--data", "short.txt", *TINY], 1, "tokens"), (["--data", "latin.txt", *TINY], 1, "latin.txt"),
@@ -548,7 +555,10 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
              (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
              (["--data", text, "--init", "theirs"], 1, "python gpt2_weights.py import --source theirs"),
-             (["--data", text, "--init", "."], 1, "--init . is a folder; and no checkpoint is in it"),
+             (["--data", text, "--init", "."], 1, "--init . is a folder; name the file, such as cls.safetensors"),
+             (["--data", text, "--init", "cls.safetensors"], 1, "is a classifier"),
+             (["--data", text, "--init", "adapter"], 1, "lora.py merge --adapter adapter"),
+             (["--data", text, "--tokenizer", "cls.safetensors"], 1, "is a model, not a tokenizer"),
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
              ([*base, "--learning_rate", "-0.5"], 2, "-1 or at least 0"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
