@@ -1224,18 +1224,20 @@ def report_policy(run, episodes, loss, norm, rate, metrics):
               f"{metrics['response_length']:.1f}  {metrics['eps']:.0f} episodes/s", file=sys.stderr)
 
 
-PANELS = {  # file: (what its numbers are, which figures of a step it draws)
+PANELS = {  # file: (what its numbers are, which figures of a step it draws); unlike sizes do not share one
     "objective": ("score; nats a response", ("objective/scores", "objective/kl", "objective/entropy")),
-    "policy": ("share; nats; share of the variance", ("policy/clipfrac", "policy/approxkl", "val/explained_variance")),
-    "episodes": ("tokens; episodes a second", ("response_length", "eps")),
+    "policy": ("share; nats a token", ("policy/clipfrac", "policy/approxkl")),
+    "critic": ("share of the variance", ("val/explained_variance",)),
+    "length": ("tokens", ("response_length",)),
+    "speed": ("episodes a second", ("eps",)),
 }
 
 
 def draw_steps(run, name, keys, label):
-    """Return None after drawing figures of the steps, {line: key of the log}, into the run's folder."""
-    if run.step:
-        draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}",
-                    {line: run.metrics(key) for line, key in keys.items()}, y_label=label)
+    """Return None after drawing figures of the steps, {line: key of the log}, where there are any, into the folder."""
+    lines = {line: run.metrics(key) for line, key in keys.items()}
+    if any(lines.values()):
+        draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}", lines, y_label=label)
 
 
 def adapt(run, kl, episodes):

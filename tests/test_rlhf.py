@@ -751,7 +751,7 @@ def test_reward_model_and_ppo_run_from_files(folder, capsys):
     assert {"objective/kl", "objective/scores", "objective/entropy", "policy/clipfrac", "policy/approxkl", "eps",
             "val/explained_variance", "response_length", "val_reward"} <= logged
     drawn = {path.name: path.read_text(encoding="utf-8") for path in Path("out/ppo").glob("*.svg")}
-    assert sorted(drawn) == ["curves.svg", "episodes.svg", "objective.svg", "policy.svg"]
+    assert sorted(drawn) == [f"{name}.svg" for name in ("critic", "curves", "length", "objective", "policy", "speed")]
     assert all(f"{name} " in drawn["objective.svg"] for name in ("objective/kl", "objective/scores", "objective/entropy"))
     assert "->" in Path("out/ppo/samples.txt").read_text(encoding="utf-8")
     capsys.readouterr()
