@@ -38,6 +38,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -515,7 +516,7 @@ def evaluate_and_keep(run, model, tokenizer, made, parts, frozen, context):
     print(f"step {run.step}/{run.total}  validation loss {found['val_loss']:.4f}  accuracy {found['val_accuracy']:.2%}"
           f" (training {found['train_accuracy']:.2%})" + ("  best" if better else ""), file=sys.stderr)
     for file, what, unit in (("curves.svg", "loss", "nats a message"), ("accuracy.svg", "accuracy", "share right")):
-        curves = {name: run.metrics(f"{key}_{what}") for name, key in (("train", "train"), ("validation", "val"))}
+        curves = run.curves({"train": f"train_{what}", "validation": f"val_{what}"})
         draw_curves(run.folder / file, f"Classification: {what}", curves, y_label=f"{what}, {unit}")
 
 
@@ -782,7 +783,7 @@ def classify(config):
     """Print the label of each message given, or label a message a line from --file or stdin as JSONL."""
     if config.text and config.file:
         raise argparse.ArgumentError(None, "give messages or --file, not both")
-    if len(config.text) == 1 and Path(config.text[0]).is_file():
+    if len(config.text) == 1 and os.path.isfile(config.text[0]):  # Path.is_file() fails where a name is too long
         print(f"note: this name is taken for the message; its lines: --file {config.text[0]}", file=sys.stderr)
     device = pick_device(config.device)
     config.file = "" if config.file == "-" else config.file

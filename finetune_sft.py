@@ -60,7 +60,7 @@ import torch.nn.functional as F
 from data import (TEMPLATES, TINYWORLD_KINDS, collate_instructions, epoch_order, exact_match, format_prompt,
                   format_response, prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
-from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_start, make_optimizers, move_aside,
+from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_writer, make_optimizers, move_aside,
                    option, process, run_script, share, together, total_steps, train_each_seed, wait, wilson, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
@@ -137,9 +137,7 @@ def open_model(config, source):
     """Return (model, tokenizer, made, config with defaults) of a GPT-2 name or a checkpoint of the generating kind."""
     config = copy.copy(config)
     config.init = source
-    model, tokenizer, made = load_start(config, MADE_BY)
-    if made.get("kind", "gpt") != "gpt":
-        raise ValueError(f"{source} is a {made['kind']}, which writes no text; give a model of {MADE_BY}")
+    model, tokenizer, made = load_writer(config, MADE_BY)
     if tokenizer.eot_id is None:
         raise ValueError(f"{source}: its tokenizer has no end-of-text token, without which no response ends")
     return model, tokenizer, made, defaults(config, model, made)
@@ -786,7 +784,7 @@ def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, los
     for entry, text in zip(shown, texts):
         print(f"  {' / '.join(prompt_of(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
     run.write_samples(text for _, text in run.metrics("samples"))
-    curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
+    curves = run.curves({"train": "loss", "validation": "val_loss"})
     draw_curves(run.folder / "curves.svg", "Instruction tuning", curves, y_label="loss, nats a response token")
 
 

@@ -353,8 +353,7 @@ class GPTModel(nn.Module):
             allowed = attention_mask(None, past, T, ids.device) if past and T > 1 else None
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.trf_blocks):
-            at = 0 if cache is None else layer  # a number that differs would have a compiled block compiled again
-            x = block(x, allowed, cache, at, rows if layer == len(self.trf_blocks) - 1 else None)
+            x = block(x, allowed, cache, layer, rows if layer == len(self.trf_blocks) - 1 else None)
         if cache is not None:
             cache.length += T
         return self.final_norm(x)

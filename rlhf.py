@@ -68,7 +68,7 @@ from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, fo
                   preference, prompt_of, read_preferences, rubric_parts, seeded, split, tinyworld)
 from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses)
 from gpt import generate, pick_device
-from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_start, make_optimizers,
+from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_writer, make_optimizers,
                    new_model, option, run_script, total_steps, train_each_seed, wilson, write_json)
 
 HEADS = ("linear", "mlp", "likelihood", "mean")
@@ -828,9 +828,9 @@ def open_setting(config, stage):
         model, tokenizer, made = new_start(config, parts[0])
     else:
         check_sizes(config, "vocab_size")
-        parts, (model, tokenizer, made) = None, load_start(config, "python finetune_sft.py")
-    if made["kind"] != "gpt" or tokenizer.eot_id is None:
-        raise ValueError(f"--init {config.init} is no language model with an end-of-text token")
+        parts, (model, tokenizer, made) = None, load_writer(config, "python finetune_sft.py")
+    if tokenizer.eot_id is None:
+        raise ValueError(f"{config.init}: its tokenizer has no end-of-text token, without which no response ends")
     large = sum(p.numel() for p in model.parameters()) > 50e6
     if config.learning_rate == -1:
         config.learning_rate = STAGES[stage]["rates"][large] * (10 if config.lora_rank else 1)
@@ -1060,8 +1060,7 @@ def evaluate_reward(run, model, rows, samples, tokenizer, template):
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {accuracy:.1%}"
           + ("  best" if better else ""), file=sys.stderr)
     keys = {"loss": "loss", "validation loss": "val_loss", "validation accuracy": "val_accuracy"}
-    draw_curves(run.folder / "curves.svg", "Reward model", {name: run.metrics(key) for name, key in keys.items()},
-                y_label="loss, nats a pair; accuracy")
+    draw_curves(run.folder / "curves.svg", "Reward model", run.curves(keys), y_label="loss, nats a pair; accuracy")
     model.train()
 
 
@@ -1233,11 +1232,10 @@ PANELS = {  # file: (what its numbers are, which figures of a step it draws); un
 }
 
 
-def draw_steps(run, name, keys, label):
-    """Return None after drawing figures of the steps, {line: key of the log}, where there are any, into the folder."""
-    lines = {line: run.metrics(key) for line, key in keys.items()}
-    if any(lines.values()):
-        draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}", lines, y_label=label)
+def draw_panel(run, name, curves, label):
+    """Return None after drawing `Run.curves` of the steps into the run's folder, where there are any yet."""
+    if any(curves.values()):
+        draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}", curves, y_label=label)
 
 
 def adapt(run, kl, episodes):
@@ -1367,10 +1365,10 @@ def evaluate_pairs(run, model, start, rows, tokenizer, template):
         save_policy(run, model, tokenizer, template, val_loss=loss)
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {sums['rewards/accuracies']:.1%}  margin "
           f"{sums['rewards/margins']:.3f}" + ("  best" if better else ""), file=sys.stderr)
-    curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
+    curves = run.curves({"train": "loss", "validation": "val_loss"})
     draw_curves(run.folder / "curves.svg", run.config.loss.upper(), curves, y_label="loss, nats a pair")
-    keys = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"}
-    draw_steps(run, "margins", {name: f"val_{key}" for name, key in keys.items()}, "beta log(policy / start)")
+    keys = {"chosen": "val_rewards/chosen", "rejected": "val_rewards/rejected", "margin": "val_rewards/margins"}
+    draw_panel(run, "margins", run.curves(keys), "beta log(policy / start)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1433,9 +1431,10 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
     run.write_samples(text for _, text in run.metrics("samples"))
     keys = {"reward": "val_reward", "KL to the start": "val_kl", "gold score": "val_gold"}
     draw_curves(run.folder / "curves.svg", f"{run.stage.upper()}, validation prompts",
-                {name: run.metrics(key) for name, key in keys.items()}, y_label="score; nats a response")
+                run.curves(keys), y_label="score; nats a response")
+    steps = run.curves({key: key for _, keys in PANELS.values() for key in keys})
     for name, (label, keys) in PANELS.items():
-        draw_steps(run, name, {key: key for key in keys}, label)
+        draw_panel(run, name, {key: steps[key] for key in keys}, label)
 
 
 def implied_margins(model, start, rows, pad_id):
@@ -1452,7 +1451,7 @@ def finish_policy(run, start, prompts, reward, tokenizer, rows=()):
     """Return the summary of a policy: its best weights beside its start, on test prompts, and on Pairs of them whether
     it prefers the chosen answers more than its start did."""
     prompts = prompts[: run.config.test_prompts or None]
-    model = gpt.load_checkpoint(run.folder / "model.safetensors", next(run.model.parameters()).device)[0]
+    model = gpt.load_checkpoint(run.folder / "model.safetensors", run.device)[0]
     with start() as reference:
         before = assess(reference, start, prompts, reward, tokenizer, run.config)
     after = assess(model, start, prompts, reward, tokenizer, run.config)

@@ -611,6 +611,14 @@ def load_start(config, default_command):
     return with_options(model, config), tokenizer, made
 
 
+def load_writer(config, default_command):
+    """Return what `load_start` does; raises ValueError for a model that scores classes, not tokens."""
+    model, tokenizer, made = load_start(config, default_command)
+    if made["kind"] != "gpt":
+        raise ValueError(f"{config.init} is a {made['kind']}, which writes no text; give a model of {default_command}")
+    return model, tokenizer, made
+
+
 def with_options(model, config):
     """Return `model` with --context_length (cropping the learned positions) and --drop_rate applied."""
     length = config.context_length or model.config.context_length
@@ -792,21 +800,21 @@ class Run:
 
         With the constant schedule, whose rates do not depend on the end, a run may be made longer."""
         saved, given = deciding(saved), saved_options(self.config)
-        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
-        saved = {**{key: defaults[key] for key in given if key not in saved}, **saved}  # an older version's lack some
+        defaults = deciding({field.name: field.default for field in dataclasses.fields(self.config)})
+        saved = {**defaults, **saved}  # an older version's lack some
         if given["schedule"] == "constant":
             longer = {key for key in ("epochs", "max_steps") if given[key] == 0 or 0 < saved.get(key, 0) < given[key]}
             saved = {**saved, **{key: given[key] for key in longer}}
-        rows = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}" for key in sorted(set(saved) | set(given))
-                if saved.get(key) != given.get(key)]
+        changed = [key for key in sorted(set(saved) | set(given)) if saved.get(key) != given.get(key)]
+        rows = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}" for key in changed]
         if rows:
             raise argparse.ArgumentError(None, f"{self.folder} was started with other options; " + "; ".join(rows)
-                                         + "; give the saved ones, or --fresh" + self.way_on(rows))
+                                         + "; give the saved ones, or --fresh" + self.way_on(changed))
 
-    def way_on(self, rows):
+    def way_on(self, changed):
         """Return how else a run can be made longer, where that alone is asked for, else nothing."""
-        asked, model = {row.split(":")[0] for row in rows}, self.folder / "model.safetensors"
-        if not asked <= {"epochs", "max_steps"} or not model.is_file():
+        model = self.folder / "model.safetensors"
+        if not set(changed) <= {"epochs", "max_steps"} or not model.is_file():
             return ""
         return f"; its rates were made for that end, more steps go on from its weights: --init {model} --out_dir NEW"
 
@@ -944,7 +952,7 @@ class Run:
     def write_state(self, model, optimizers):
         """Write state.pt with these parts of it."""
         progress = ("step", "tokens", "best_value", "bad_evaluations", "loss_sum", "count", "train_seconds", "kept")
-        cuda_rng = torch.cuda.get_rng_state_all() if next(self.model.parameters()).device.type == "cuda" else []
+        cuda_rng = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         state = {"format": 1, "step": self.step, "options": saved_options(self.config),
                  "data_sha256": self.data_sha256, "model": model, "optimizers": optimizers,
                  "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
@@ -956,6 +964,11 @@ class Run:
             if damaged := damage(file.name):
                 raise OSError(f"{self.folder}/state.pt does not read back as it was written ({damaged}), the one "
                               "before stays; write to another disk")
+
+    @property
+    def device(self):
+        """The device that the weights are on."""
+        return next(self.model.parameters()).device
 
     def elapsed(self):
         """Return the seconds that this run has taken, earlier parts included."""
@@ -1068,7 +1081,7 @@ class Run:
                    "seed": self.config.seed, "data": {"source": self.config.data, "sha256": self.data_sha256},
                    "config": saved_options(self.config),
                    "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                   "optimizer_bytes": optimizer_bytes, "peak_memory_bytes": peak_memory(self.model),
+                   "optimizer_bytes": optimizer_bytes, "peak_memory_bytes": peak_memory(self.device),
                    "step_seconds": round(self.train_seconds / max(1, self.step), 5), **figures}
         if several:
             summary["processes"] = processes()
@@ -1095,9 +1108,13 @@ class Run:
 
     def metrics(self, key):
         """Return [(step, value)] of one logged figure."""
+        return self.curves({key: key})[key]
+
+    def curves(self, keys):
+        """Return {name: [(step, value)]} of the logged figures {name: key}; the log is read once for all of them."""
         with open(self.folder / "metrics.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        return [(row["step"], row[key]) for row in rows if key in row]
+        return {name: [(row["step"], row[key]) for row in rows if key in row] for name, key in keys.items()}
 
     def write_samples(self, texts):
         """Write samples.txt anew, from texts of the log, which a resumed run cuts where it goes on."""
@@ -1127,9 +1144,8 @@ def versions():
             "threads": torch.get_num_threads()}
 
 
-def peak_memory(model):
-    """Return the most memory this process has held so far, in bytes: the GPU's where the model is on one."""
-    device = next(model.parameters()).device
+def peak_memory(device):
+    """Return the most memory this process has held so far, in bytes: the GPU's for a device that is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -1236,10 +1252,10 @@ def compile_blocks(model, config):
     """Return None; with --compile the blocks are compiled for any shape, in place, for calls without a cache.
 
     With one they stay as they are: each layer and length would be compiled anew, and after eight such torch gives up
-    for good, in training too."""
+    for good, in training too. So the number of the layer, which only a cache needs, does not reach what is compiled."""
     def without_cache(plain, compiled):
         def forward(x, allowed=None, cache=None, layer=0, rows=None):
-            return (plain if cache is not None else compiled)(x, allowed, cache, layer, rows)
+            return compiled(x, allowed, rows=rows) if cache is None else plain(x, allowed, cache, layer, rows)
 
         return forward
 
@@ -1328,8 +1344,7 @@ def write_evaluation(run, model, tokenizer, config, loss, better):
     if config.sample_tokens:
         print(f"  sample: {' '.join(text.split())}", file=sys.stderr)
         run.write_samples(f"--- step {step}\n{text}\n" for step, text in run.metrics("sample"))
-    curves = {"train": run.metrics("loss"), "validation": run.metrics("val_loss")}
-    draw_curves(run.folder / "curves.svg", "Pretraining", curves)
+    draw_curves(run.folder / "curves.svg", "Pretraining", run.curves({"train": "loss", "validation": "val_loss"}))
 
 
 def windows_of(config, path, length):
@@ -1352,9 +1367,7 @@ def train(config):
         tokenizer = first(pretraining_tokenizer, config)
         model = new_model(config, tokenizer)
     else:
-        model, tokenizer, made = first(load_start, config, "python train.py")  # its weights know no other tokenizer
-        if made["kind"] != "gpt":
-            raise ValueError(f"--init {config.init} is a {made['kind']}, which writes no text; give a language model")
+        model, tokenizer, _ = first(load_writer, config, "python train.py")  # its weights know no other tokenizer
     folder = first(prepare, config.data, tokenizer)
     model = shard(model, device) if config.fsdp else model.to(device)
     config = copy.copy(config)  # the caller's stays as it is

@@ -457,6 +457,7 @@ def test_messages_from_the_command_line_and_from_stdin(rows, capsys, monkeypatch
     assert cls.main(["classify", "--file", "picture.png"]) == 1
     assert "error: picture.png, line 3: a zero byte" in capsys.readouterr().err
     assert cls.main(["classify", "picture.png"]) == 0 and "--file picture.png" in capsys.readouterr().err
+    assert cls.main(["classify", "dog " * 200]) == 0  # longer than a file's name can be
 
 
 # --- what a user can get wrong
