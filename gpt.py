@@ -442,9 +442,69 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generato
     return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
 
 
+class RecordedStep:
+    """The step from one token a row to the next logits, in fixed shapes: ids (B,) -> logits (B, V).
+
+    On an NVIDIA GPU it is recorded as a CUDA graph and replayed, one launch instead of a hundred and more; elsewhere
+    it runs as it is. A graph keeps its shapes and addresses: so each step attends to the whole cache, where positions
+    not filled yet are hidden, and the place to fill is a tensor. The next step overwrites the logits. `cache` holds
+    the prompt; `mask` (B, T) is 1 for those of its tokens that count."""
+
+    def __init__(self, model, cache, mask=None):
+        B, S = cache.kv.shape[2], cache.kv.shape[4]
+        self.model, self.cache, self.graph = model, cache, None
+        cache.kv[..., cache.length :, :] = 0  # hidden, but 0 times what memory happens to hold must be 0
+        self.index = torch.arange(S, device=model.device)
+        self.counts = torch.ones(B, S, dtype=torch.bool, device=model.device)
+        if mask is not None:
+            self.counts[:, : mask.shape[1]] = mask == 1
+        self.start = torch.where(self.counts, 0, self.index + 1).amax(dim=1, keepdim=True)  # behind the padding
+        self.place = torch.tensor([cache.length], device=model.device)
+        self.ids = torch.zeros(B, 1, dtype=torch.long, device=model.device)
+        if model.device.type == "cuda":
+            self.record()
+
+    def record(self):
+        """Record the step after three trial runs, in which the libraries claim the memory they work in."""
+        with torch.cuda.device(self.model.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step()
+
+    def append(self, layer, k, v):
+        """Store k, v (B, H, 1, D) at the place to fill; return all positions, (B, H, S, D) each."""
+        keys, values = self.cache.kv[layer]
+        return keys.index_copy_(2, self.place, k.to(keys.dtype)), values.index_copy_(2, self.place, v.to(keys.dtype))
+
+    def step(self):
+        """Return the logits (B, V) behind `ids`, which stand at `place`."""
+        allowed = (self.counts & (self.index <= self.place))[:, None, None]
+        x = self.model.embed(self.ids, self.place - self.start)
+        for layer, block in enumerate(self.model.trf_blocks):
+            x = block(x, allowed, self, layer)
+        return self.model.out_head(self.model.final_norm(x[:, -1]))
+
+    def __call__(self, ids):
+        self.ids.copy_(ids[:, None])
+        if self.graph is None:
+            self.logits = self.step()
+        else:
+            self.graph.replay()
+        self.place += 1
+        self.cache.length += 1
+        return self.logits
+
+
 @torch.no_grad()
 def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
-                   repetition_penalty=None, eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
+                   repetition_penalty=None, eos_id=None, mask=None, stop=None, generator=None, num_samples=1,
+                   cuda_graph=False):
     """Yield the next token of every row, (B * num_samples,), step by step; arguments as in `generate`."""
     config, (B, T) = model.config, ids.shape
     check_sampling(config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
@@ -465,6 +525,7 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
         logits = logits.repeat_interleave(num_samples, dim=0)
         if cache is not None and num_samples > 1:
             cache.repeat(num_samples)
+        recorded = RecordedStep(model, cache, mask) if cuda_graph and cache is not None and max_new_tokens > 1 else None
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for step in range(max_new_tokens):
             if repetition_penalty not in (None, 1):
@@ -482,8 +543,8 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
                 return
             mask = None if mask is None else F.pad(mask, (0, 1), value=1)
             if cache is not None and cache.length == config.context_length:
-                cache = None  # positions are learned: beyond the context every token's position changes
-            logits = _last_logits(model, ids, mask, cache)
+                cache = recorded = None  # positions are learned: beyond the context every token's position changes
+            logits = recorded(next_ids) if recorded else _last_logits(model, ids, mask, cache)
     finally:
         model.train(was_training)
 
@@ -537,19 +598,20 @@ def _prefill_shared(model, ids, mask, cache, rows):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
-             eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
+             eos_id=None, mask=None, stop=None, generator=None, num_samples=1, cuda_graph=False):
     """Return the prompts with up to `max_new_tokens` tokens behind each: ids (B, T) -> (B * num_samples, T + n).
 
     Temperature 0 is greedy; see `sampling_probabilities` for the other options. Prompts of unequal length are padded
     on the left, and `mask` (B, T) holds 1 for their real tokens. A row ends with `eos_id`, or where
     `stop(new_ids: list) -> bool` says so; behind its end it holds `eos_id` (its last token, where there is none), and
     n shrinks when all rows have ended. `num_samples` continuations of a prompt stand side by side and share one
-    prefill. Text longer than the context goes on with the last window. Raises ValueError for an empty prompt or an
-    option outside its range.
+    prefill. Text longer than the context goes on with the last window. `cuda_graph` replays one recorded step where
+    the model is on an NVIDIA GPU (`RecordedStep`). Raises ValueError for an empty prompt or an option outside its
+    range.
 
     Example: generate(model, torch.tensor([[5, 6]]), 3, temperature=0).shape == (1, 5)"""
     steps = generate_steps(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id,
-                           mask, stop, generator, num_samples)
+                           mask, stop, generator, num_samples, cuda_graph)
     new = list(steps)
     ids = ids.repeat_interleave(num_samples, dim=0)
     return torch.cat([ids, torch.stack(new, dim=1)], dim=1) if new else ids
@@ -1021,7 +1083,8 @@ def generate_command(args):
             print(f"--- {number + 1} of {args.num_samples}")
         print(args.prompt, end="", flush=True)
         steps = generate_steps(model, prompt, args.max_new_tokens, args.temperature, top_k, args.top_p, args.min_p,
-                               args.repetition_penalty, tokenizer.eot_id, generator=generator)
+                               args.repetition_penalty, tokenizer.eot_id, generator=generator,
+                               cuda_graph=args.cuda_graph)
         new_ids = itertools.takewhile(lambda i: i != tokenizer.eot_id, (int(step) for step in steps))
         for piece in stream_text(lambda new: tokenizer.decode(ids + new)[before:], new_ids, args.stop):
             print(piece, end="", flush=True)
@@ -1142,7 +1205,8 @@ def main(argv=None):
             "--stop": dict(action="append", default=[], help="end before this text; may be given several times"),
             "--num_samples": dict(type=int, default=1, help="how many continuations"),
             "--seed": dict(type=int, default=1234, help="equal seeds draw equal texts"),
-            "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps")}),
+            "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
+            "--cuda_graph": dict(action="store_true", help="on an NVIDIA GPU, replay one recorded step")}),
         "info": (info_command, {
             "--model": dict(default="gpt2", choices=list(GPT_CONFIGS), help="an architecture"),
             "--checkpoint": dict(help="the model in this file instead")}),

@@ -449,7 +449,7 @@ def our_tokens(model, ids, new, mask=None):
     """Return the prompts and `new` tokens, greedily."""
     import gpt
 
-    return gpt.generate(model, ids, new, temperature=0, mask=mask)
+    return gpt.generate(model, ids, new, temperature=0, mask=mask, cuda_graph=ids.is_cuda)
 
 
 def hf_tokens(model, ids, new, mask=None):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpt
 from gpt import GPTConfig, GPTModel, KVCache, MultiHeadAttention, generate
@@ -413,6 +414,32 @@ def test_chunked_prefill_fills_the_cache_as_one_piece_does():
     assert torch.allclose(torch.cat(pieces, dim=1), model(ids), atol=1e-10)
     with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
         model(torch.zeros(2, 17, dtype=torch.long))
+
+
+class Replay(gpt.RecordedStep):
+    """A step recorded on a CPU by torch.fx: replayed, it runs the operations of the recording on the same tensors."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.ids.random_(50)  # any token will do, as for a CUDA graph
+        recording, dummy = make_fx(lambda _: self.step())(torch.zeros(1)), torch.zeros(1)
+        self.logits, self.graph = self.step(), self
+        self.replay = lambda: self.logits.copy_(recording(dummy))
+
+
+@pytest.mark.parametrize("step", [gpt.RecordedStep, Replay])
+def test_one_step_in_fixed_shapes_serves_every_token(step, monkeypatch):
+    """Padded prompts, several samples, a penalty, past the context: the plain steps' tokens. The replayed recording
+    holds no number of Python's, such as the length so far, and hidden positions may hold anything."""
+    model, ids = small_model(), torch.randint(50, (3, 6))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+    monkeypatch.setattr(gpt, "RecordedStep", step)
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, math.nan, **options))
+    for options in (dict(), dict(mask=mask), dict(mask=mask.flip(1)), dict(mask=mask, repetition_penalty=1.3),
+                    dict(mask=mask, num_samples=2), dict(mask=mask, eos_id=7)):
+        for n in (1, 2, 20):
+            expected = generate(model, ids, n, temperature=0, **options)
+            assert torch.equal(generate(model, ids, n, temperature=0, cuda_graph=True, **options), expected)
 
 
 def test_several_samples_share_a_prefill_and_equal_separate_rows():

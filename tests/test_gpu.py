@@ -68,6 +68,19 @@ def test_greedy_tokens_are_the_cpus():
     assert (expected == found).float().mean() > 0.97
 
 
+def test_recorded_steps_give_the_eager_tokens():
+    """One recorded CUDA graph, replayed for each token, twice with other prompts; padded prompts included."""
+    _, gpu, ids, _ = both()
+    with torch.no_grad():
+        gpu.out_head.weight.mul_(20)
+    mask = (torch.arange(24) >= torch.arange(8)[:, None]).long().cuda()
+    for start in (0, 30):
+        prompts = ids[:, start : start + 24].cuda() * mask
+        expected = gpt.generate(gpu, prompts, 60, temperature=0, mask=mask)
+        found = gpt.generate(gpu, prompts, 60, temperature=0, mask=mask, cuda_graph=True)
+        assert (expected == found).float().mean() > 0.97
+
+
 def test_frozen_weights_have_the_cpus_hash():
     """What a run with adapters stores of its base is the same wherever the base is."""
     cpu, gpu, _, _ = both()
