@@ -266,7 +266,7 @@ def last_states(model, ids, states, frozen):
 
 
 def fill_cache(model, messages, frozen, config, context, limit=1 << 32):
-    """Return None after computing the frozen part's states once, unless they would take more than `limit` bytes."""
+    """Compute the frozen part's states once and keep them, unless they would take more than `limit` bytes."""
     size = int(messages.lengths.sum()) * model.config.emb_dim * 4
     if size > limit:
         print(f"note: the frozen layers' output would take {size / 1e9:.1f} GB, so it is not kept", file=sys.stderr)
@@ -283,7 +283,7 @@ def fill_cache(model, messages, frozen, config, context, limit=1 << 32):
 
 
 def set_mode(model, frozen, training=True):
-    """Return None; dropout is on in the layers that train, never in frozen ones, whose output then never changes."""
+    """Turn dropout on in the layers that train, never in frozen ones, whose output then never changes."""
     model.train(training)
     if frozen is not None:
         for module in (model.drop_emb, *model.trf_blocks[:frozen]):
@@ -455,7 +455,7 @@ def figures_of(logits, messages, labels, positive=None):
 
 
 def print_figures(figures):
-    """Return None after printing the confusion matrix, the figures of each class, and what went most wrong."""
+    """Print the confusion matrix, the figures of each class, and what went most wrong."""
     with contextlib.suppress(AttributeError):  # a terminal that cannot show a character gets its escape
         sys.stdout.reconfigure(errors="backslashreplace")
     labels = list(figures["classes"])
@@ -509,7 +509,7 @@ def evaluate_and_keep(run, model, tokenizer, made, parts, frozen, context):
         logits = predict(model, part, made["pooling"], frozen, context)
         found[f"{name}_loss"] = F.cross_entropy(logits, part.labels).item()
         found[f"{name}_accuracy"] = (logits.argmax(dim=1) == part.labels).float().mean().item()
-    better = run.best(found["val_loss"])
+    better = run.count_evaluation(found["val_loss"])
     run.log(**found)
     if better:
         save_best(run, model, tokenizer, made)
@@ -521,13 +521,13 @@ def evaluate_and_keep(run, model, tokenizer, made, parts, frozen, context):
 
 
 def save_classifier(run, model, tokenizer, made, step):
-    """Return None after writing model.safetensors; `step` is the one that the weights are from."""
+    """Write model.safetensors; `step` is the one that the weights are from."""
     gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer, kind="classifier", stage=run.stage,
                         step=step, val_loss=run.best_value, data_sha256=run.data_sha256, **made)
 
 
 def save_best(run, model, tokenizer, made):
-    """Return None after writing the best weights so far: the whole classifier, or its adapters and head."""
+    """Write the best weights so far: the whole classifier, or its adapters and head."""
     if adapter_rank(run.config):
         from lora import save_lora
 
@@ -537,7 +537,7 @@ def save_best(run, model, tokenizer, made):
 
 
 def load_best(run, model, tokenizer, made):
-    """Return None after putting the best weights back into the model; adapters are also merged and saved as a whole."""
+    """Put the best weights back into the model; adapters are also merged and saved as a whole."""
     path = run.folder / "model.safetensors"
     if not adapter_rank(run.config):
         gpt.copy_weights(model, gpt.read_safetensors(path)[0], path)
@@ -634,12 +634,12 @@ def train(config):
             batch_loss, tokens = 0.0, int(messages.lengths[batch].sum())
             for piece in batch.chunk(config.accumulate):
                 ids, mask, cached = messages.batch(piece.tolist(), device)
-                with context:
+                with context:  # 4. loss
                     shown = hide(ids, config.token_dropout, tokenizer.eot_id)
                     states = last_states(model, shown, cached, frozen)
                     logits = model.out_head(pool(states, mask, config.pooling))
                     loss = F.cross_entropy(logits.float(), messages.labels[piece].to(device), reduction="sum")
-                    loss = loss / len(batch)  # 4. loss
+                    loss = loss / len(batch)
                     if config.lm_weight:
                         loss = loss + config.lm_weight * language_loss(states, ids, mask, language_head) / tokens
                 loss.backward()  # 5. backward
@@ -669,7 +669,7 @@ def finish(run, model, parts, made, context):
 
 
 def tell_cut(parts, model):
-    """Return None; says on stderr how many messages are longer than the model can see."""
+    """Say on stderr how many messages are longer than the model can see."""
     cut, total = (sum(sum(part.cut) for part in parts), sum(len(part.ids) for part in parts))
     if cut:
         print(f"{cut:,} of {total:,} messages are longer than {model.config.context_length} tokens: only their "
@@ -682,7 +682,7 @@ def percent(share, bounds):
 
 
 def print_result(summary):
-    """Return None after printing the test's figures beside those of the baselines."""
+    """Print the test's figures beside those of the baselines."""
     print(f"test accuracy {percent(summary['test_accuracy'], summary['test_accuracy_interval'])}, "
           f"F1 {summary['test_f1']:.4f}, calibration error {summary['test_calibration_error']:.4f}")
     print(f"naive Bayes {summary['naive_bayes_accuracy']:.2%}, F1 {summary['naive_bayes_f1']:.4f}; most frequent class "

@@ -58,10 +58,11 @@ import gpt  # first, because it quiets torch's warning about numpy
 import torch
 import torch.nn.functional as F
 from data import (TEMPLATES, TINYWORLD_KINDS, collate_instructions, epoch_order, exact_match, format_prompt,
-                  format_response, prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
+                  format_response, json_sha256, prompt_of, read_instructions, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device
-from train import (Options, Run, autocast, compile_blocks, draw_curves, first, load_writer, make_optimizers, move_aside,
-                   option, process, run_script, share, together, total_steps, train_each_seed, wait, wilson, write_json)
+from train import (Options, Run, autocast, compile_blocks, draw_curves, first, is_first, load_writer, make_optimizers,
+                   move_aside, next_token_loss, option, run_script, share, together, total_steps, train_each_seed, wait,
+                   wilson, write_json)
 
 MADE_BY = "python train.py"  # the command that makes the default of --init
 TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what six minutes have time for
@@ -307,8 +308,7 @@ def response_loss(model, ids, targets, mask=None):
     only; what they gave elsewhere would be thrown away."""
     rows = (targets != IGNORE).flatten().nonzero().squeeze(1)
     logits = model.out_head(model.hidden(ids, mask, rows=rows))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for a sum of many
-    return F.cross_entropy(logits, targets.flatten()[rows], reduction="sum")
+    return next_token_loss(logits[None], targets.flatten()[rows][None])
 
 
 def perplexity(model, items, tokenizer, context):
@@ -403,7 +403,8 @@ def stored_responses(path):
 def finished_lines(path):
     """Return the rows of a .jsonl file that was being written to; a last line that was cut is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # not splitlines(): a row may hold U+2028, which that takes for an end
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -757,18 +758,20 @@ def report_data(config, parts, items, reports, length):
     return report, nearest
 
 
-def evaluate_and_keep(run, model, tokenizer, items, entries, config, context, tokenizer_dict):
+def evaluate_and_keep(run, model, tokenizer, items, entries, context):
     """Evaluate on the validation part, keep the weights or adapters if they are the best so far, log, sample, draw."""
     loss = evaluate_loss(model, items, tokenizer, context, shared=True)
-    better = run.best(loss)
-    if process() == 0:
-        write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, loss, better)
+    better = run.count_evaluation(loss)
+    if is_first():
+        write_evaluation(run, model, tokenizer, entries, loss, better)
     wait()
-    run.loss_sum, run.count = (run.loss_sum, run.count) if run.step == run.total else (0.0, 0)
+    if run.step < run.total:
+        run.loss_sum, run.count = 0.0, 0
 
 
-def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, loss, better):
+def write_evaluation(run, model, tokenizer, entries, loss, better):
     """Log, show and draw an evaluation with two answers, and keep the weights or adapters if they are the best."""
+    config = run.config
     shown = [entries[(run.step // max(1, config.eval_every) + n) % len(entries)] for n in range(2)]
     texts = respond(model, tokenizer, shown, config.template, config.max_new_tokens)
     run.log(val_loss=loss, samples=f"--- step {run.step}, validation loss {loss:.4f}\n" + "".join(
@@ -779,7 +782,7 @@ def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, los
 
         save_lora(model, run.folder / "adapter")
     elif better:
-        gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer_dict, **made_here(run, config, loss))
+        gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer, **made_here(run, loss))
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}" + ("  best" if better else ""), file=sys.stderr)
     for entry, text in zip(shown, texts):
         print(f"  {' / '.join(prompt_of(entry).split(chr(10)))}  ->  {text}", file=sys.stderr)
@@ -788,20 +791,21 @@ def write_evaluation(run, model, tokenizer, entries, config, tokenizer_dict, los
     draw_curves(run.folder / "curves.svg", "Instruction tuning", curves, y_label="loss, nats a response token")
 
 
-def made_here(run, config, loss):
+def made_here(run, loss):
     """Return what a checkpoint says about how it was made."""
+    config = run.config
     return {"stage": run.stage, "step": run.step, "val_loss": loss, "template": config.template, "init": config.init,
             "data": config.data, "split_seed": config.split_seed, "data_sha256": run.data_sha256}
 
 
-def best_model(run, config, tokenizer_dict):
+def best_model(run, tokenizer):
     """Return the best model of the run, from its file; adapters are merged into one first."""
-    path = run.folder / "model.safetensors"
+    config, path = run.config, run.folder / "model.safetensors"
     if config.lora_rank:
         from lora import load_lora, merge_lora
 
         model = merge_lora(load_lora(open_model(config, config.init)[0], run.folder / "adapter"), keep=False)
-        gpt.save_checkpoint(path, model, tokenizer_dict, **made_here(run, config, run.best_value))
+        gpt.save_checkpoint(path, model, tokenizer, **made_here(run, run.best_value))
     return gpt.load_checkpoint(path)[0].to(run.model.device)
 
 
@@ -810,7 +814,7 @@ def train(config):
 
     The first run stands in out_dir, another one in a folder below it; they differ in order and dropout alone."""
     summaries = train_each_seed(train_once, config, config.out_dir)
-    if config.seeds > 1 and process() == 0:
+    if config.seeds > 1 and is_first():
         summary = {**summaries[0], **over_seeds(summaries)}
         write_json(Path(config.out_dir, "summary.json"), summary)
         print(f"{config.seeds} seeds: exact match {summary['exact_match_mean']:.1%}, standard deviation "
@@ -853,14 +857,12 @@ def train_once(config):
     report, nearest = report_data(config, parts, items, reports, length)
     per_epoch = math.ceil(len(items["train"]) / config.batch_size)
     optimizers = make_optimizers(model, config)
-    sha256 = hashlib.sha256(json.dumps([items["train"], items["val"]]).encode()).hexdigest()
-    run.start(model, optimizers, total_steps(config, per_epoch), sha256)
+    run.start(model, optimizers, total_steps(config, per_epoch), json_sha256([items["train"], items["val"]]))
     compile_blocks(model, config)
-    keep = functools.partial(evaluate_and_keep, run, model, tokenizer, items["val"], parts["val"], config, context,
-                             tokenizer.to_dict())
+    evaluate_now = functools.partial(evaluate_and_keep, run, model, tokenizer, items["val"], parts["val"], context)
     model.train()
     if run.step == 0:
-        keep()
+        evaluate_now()
     for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
         order = batch_order(items["train"], config, epoch)
         for batch in run.batches(order, config.batch_size):  # 2. each batch, of several processes this one's share
@@ -877,16 +879,17 @@ def train_once(config):
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
-                keep()
+                evaluate_now()
             run.end_step()
-    if process():
+    if not is_first():
         return run.close()  # the first process answers the test set and writes the summary
-    return finish(run, parts["test"], items["test"], tokenizer, config, context, report, nearest)
+    return finish(run, parts["test"], items["test"], tokenizer, context, report, nearest)
 
 
-def finish(run, entries, items, tokenizer, config, context, report, nearest):
+def finish(run, entries, items, tokenizer, context, report, nearest):
     """Return the summary after answering the test set with the first and the best model."""
-    start, best = open_model(config, config.init)[0].to(run.model.device), best_model(run, config, tokenizer.to_dict())
+    config = run.config
+    start, best = open_model(config, config.init)[0].to(run.device), best_model(run, tokenizer)
     scores = []
     for model, source, asked, name in (
             (start, config.init, entries[:BEFORE], "responses.before.json"),
@@ -922,17 +925,16 @@ def checkpoint_of(config):
 
 
 def ready(config, source):
-    """Return (model on its device, tokenizer, config with defaults, made) for answering."""
-    config = copy.copy(config)
+    """Return (model on its device, tokenizer, made, config with defaults) for answering."""
     device = pick_device(config.device)
     model, tokenizer, made, config = open_model(config, source)
-    return model.to(device).eval(), tokenizer, config, made
+    return model.to(device).eval(), tokenizer, made, config
 
 
 def respond_command(config):
     """Answer --prompt on stdout, or a part of --data into responses.json."""
     source = checkpoint_of(config)
-    model, tokenizer, config, _ = ready(config, source)
+    model, tokenizer, _, config = ready(config, source)
     if config.prompt:
         text = config.prompt.replace("\\n", "\n")
         print(respond(model, tokenizer, [text], config.template, config.max_new_tokens, temperature=config.temperature,
@@ -960,7 +962,7 @@ def default_out(source):
 
 def chat(config):
     """Answer the instructions on stdin, line by line, as the tokens come."""
-    model, tokenizer, config, _ = ready(config, checkpoint_of(config))
+    model, tokenizer, _, config = ready(config, checkpoint_of(config))
     generator = torch.Generator(model.device).manual_seed(config.seed)
     if sys.stdin is None:
         raise ValueError("stdin is closed, so there is nobody to talk to; one question is: respond --prompt TEXT")
@@ -995,7 +997,7 @@ def answers_of(config, source, entries, stored):
                              "the same --data and --split")
         rows = [{**answers[prompt_of(entry)], "reference": entry["output"]} for entry in entries]
         return rows, {**score_rows(rows, config.template), "perplexity": None}, {}
-    model, tokenizer, config, made = ready(config, source)
+    model, tokenizer, made, config = ready(config, source)
     rows = answer_rows(model, tokenizer, entries, made_by(source, config), config, stored)
     items, _ = encode_entries(entries, tokenizer, config.template, model.config.context_length)
     figures = {**score_rows(rows, config.template),

@@ -72,17 +72,17 @@ from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_
                    new_model, option, run_script, total_steps, train_each_seed, wilson, write_json)
 
 HEADS = ("linear", "mlp", "likelihood", "mean")
-STAGES = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
-    "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), optimizer="muon", eval_every=125),
-    "ppo": dict(epochs=0, max_steps=160, batch_size=64, rates=(3e-4, 3e-6), optimizer="adamw", eval_every=40),
-    "dpo": dict(epochs=1, max_steps=0, batch_size=32, rates=(1e-4, 1e-6), optimizer="adamw", eval_every=100),
-    "grpo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 1e-6), optimizer="adamw", eval_every=20),
+DEFAULTS = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
+    "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), eval_every=125),
+    "ppo": dict(epochs=0, max_steps=160, batch_size=64, rates=(3e-4, 3e-6), eval_every=40),
+    "dpo": dict(epochs=1, max_steps=0, batch_size=32, rates=(1e-4, 1e-6), eval_every=100),
+    "grpo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 1e-6), eval_every=20),
 }
 
 
 def own(name, help):
     """Return the option of a number whose default depends on the command; it is -1 until the command is known."""
-    shown = ", ".join(f"{stage} {defaults[name]}" for stage, defaults in STAGES.items())
+    shown = ", ".join(f"{stage} {defaults[name]}" for stage, defaults in DEFAULTS.items())
     return option(-1, f"{help}; -1 = {shown}", low=-1)
 
 
@@ -247,7 +247,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
     k1 = log policy - log reference, unsquared and signed: as a reward its expected gradient is that of the KL. The
     k3 estimate, though never negative, has none to first order when used here.
-    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", equation 2."""
+    Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", equation 2."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.long().sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -321,9 +321,9 @@ class RewardModel(nn.Module):
 
     `head` is "linear", "mlp" for two layers, "mean" for a linear one on the mean of the states of the response (the
     last R tokens of ids, all but the first where R is not given), or "likelihood": linear, and beside the state it
-    reads the response's summed log-probability. A small model finds out what an answer should have been in its last
-    layers, which leaves none to compare that with what the answer is; the log-probability is that comparison, and its
-    gradient teaches the trunk as DPO's does. The mean suits few pairs in which single words tell. A score is
+    reads the response's summed log-probability. A small model needs its last layers to work out the right answer and
+    has none left to compare it with the given one; the log-probability is that comparison, and its gradient teaches
+    the trunk as DPO's does. The mean suits few pairs in which single words tell. A score is
     gain * head + bias; `normalise` sets the two, so that the starting policy's responses have mean 0 and standard
     deviation 1. The head starts as N(0, 1/sqrt(C + 1)), which gives scores a spread of about 1. Source: Stiennon et al.
     2020, appendix B.1 (with the square root it omits)."""
@@ -376,14 +376,21 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def normalise(self, scores):
-        """Return None after setting gain and bias so that scores (N,), made with gain 1 and bias 0, would have had mean
-        0 and deviation 1; None sets those. Raises ValueError where all scores are equal."""
-        std, mean = (torch.ones(()), torch.zeros(())) if scores is None else torch.std_mean(scores)
+        """Set gain and bias so that scores (N,), made with gain 1 and bias 0, would have had mean 0 and deviation 1.
+
+        Raises ValueError where all are equal."""
+        std, mean = torch.std_mean(scores)
         if not std > 1e-6:
             raise ValueError("the reward model gives every response of the starting policy the same score; it has "
                              "learnt nothing, look at the pairs")
         self.gain.copy_(1 / std)
         self.bias.copy_(-mean / std)
+
+    @torch.no_grad()
+    def undo_normalise(self):
+        """Set gain 1 and bias 0, as in training: a loss of differences is about them as they are."""
+        self.gain.fill_(1)
+        self.bias.zero_()
 
 
 class Policy(nn.Module):
@@ -630,7 +637,7 @@ def pair_margins(pairs, score):
 
 
 def report_pairs(parts):
-    """Return None after printing counts, lengths, duplicates and how often the longer answer wins."""
+    """Print counts, lengths, duplicates and how often the longer answer wins."""
     pairs = [pair for part in parts for pair in part]
     lengths = [len(pair[side]) for pair in pairs for side in ("chosen", "rejected")]
     different = {(pair["prompt"], *sorted((pair["chosen"], pair["rejected"]))) for pair in pairs}
@@ -679,9 +686,14 @@ class Pair(NamedTuple):
     rejected: list
 
     @property
+    def lengths(self):
+        """The tokens of its three parts."""
+        return [len(part) for part in self]
+
+    @property
     def length(self):
-        """Its tokens, the prompt counted once."""
-        return sum(map(len, self))
+        """All of its tokens, the prompt counted once."""
+        return sum(self.lengths)
 
 
 def encode_response(text, tokenizer, template):
@@ -803,21 +815,13 @@ def load_reward(name, device):
 # The loops: reward model; PPO and GRPO; DPO
 
 
-class Setting(NamedTuple):
-    """What every loop starts from."""
-
-    config: Config
-    context: contextlib.AbstractContextManager
-    model: gpt.GPTModel
-    tokenizer: object
-    template: str
-    parts: list  # pairs of text: train, validation, test
-
-
 def open_setting(config, stage):
-    """Return the Setting of a command, its own defaults filled in; with --lora_rank the model has adapters."""
+    """Return what every loop starts from: (config, context, model, tokenizer, template, parts).
+
+    The command's own defaults are filled in, with --lora_rank the model has adapters, and `parts` are the pairs of
+    text for training, validation and test."""
     given = getattr(config, "command_line", "")
-    unset = {name: value for name, value in STAGES[stage].items() if getattr(config, name, None) == -1}
+    unset = {name: value for name, value in DEFAULTS[stage].items() if getattr(config, name, None) == -1}
     config = dataclasses.replace(config, out_dir=config.out_dir or f"out/{stage}", **unset)
     config.command_line = given
     device = pick_device(config.device)
@@ -833,18 +837,18 @@ def open_setting(config, stage):
         raise ValueError(f"{config.init}: its tokenizer has no end-of-text token, without which no response ends")
     large = sum(p.numel() for p in model.parameters()) > 50e6
     if config.learning_rate == -1:
-        config.learning_rate = STAGES[stage]["rates"][large] * (10 if config.lora_rank else 1)
+        config.learning_rate = DEFAULTS[stage]["rates"][large] * (10 if config.lora_rank else 1)
     if config.optimizer == "auto":
         config.optimizer = "muon" if stage == "reward" and not large and not config.lora_rank else "adamw"
     template = made.get("template", "plain") if config.template == "auto" else config.template
     torch.manual_seed(config.seed)
     if config.lora_rank:
         add_adapters(model, config)
-    return Setting(config, context, model.to(device), tokenizer, template, parts or load_pairs(config))
+    return config, context, model.to(device), tokenizer, template, parts or load_pairs(config)
 
 
 def check_scratch(config, stage):
-    """Return None where a stage can begin with fresh weights; raises ArgumentError where not."""
+    """Raise ArgumentError where a stage cannot begin with fresh weights."""
     if stage in ("all", "ppo", "grpo") or stage == "dpo" and config.loss == "dpo":
         improves = "all goes on to ppo, which improves" if stage == "all" else f"{stage} improves"
         raise argparse.ArgumentError(None, f"--init scratch: {improves} a policy that writes already; make one with: "
@@ -886,58 +890,68 @@ def merged(run, model):
         unmerge_lora(model)
 
 
-def pair_states(model, rows, pad_id):
-    """Return (states (B, T, C), starts [(P, Q)]) of Pairs, each in one row: prompt, chosen answer, rejected answer.
+PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # the parts of a row
 
-    The chosen answer begins in column P, the rejected one in column Q with the position of P; neither sees the other.
-    So every state is what it would be in a row of its own, and the prompt is computed once instead of twice."""
-    device, width = model.device, max(row.length for row in rows)
-    pads = [width - row.length for row in rows]
-    ids = torch.tensor([[*row.prompt, *row.chosen, *row.rejected, *[pad_id] * pad] for row, pad in zip(rows, pads)])
-    part = torch.tensor([[0] * len(row.prompt) + [1] * len(row.chosen) + [2] * len(row.rejected) + [3] * pad
-                         for row, pad in zip(rows, pads)], device=device)
-    starts = [(len(row.prompt), len(row.prompt) + len(row.chosen)) for row in rows]
-    positions = torch.tensor([[*range(Q), *range(P, P + len(row.rejected)), *[0] * pad]
-                              for row, pad, (P, Q) in zip(rows, pads, starts)], device=device)
-    seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-    allowed = (seen & torch.ones(width, width, dtype=torch.bool, device=device).tril())[:, None]
-    x = model.embed(ids.to(device), positions)
+
+class PairStates(NamedTuple):
+    """B Pairs, each in one row of T tokens, and a model's states of them."""
+
+    states: torch.Tensor  # (B, T, C)
+    ids: torch.Tensor  # (B, T): prompt, chosen answer, rejected answer, padding
+    part: torch.Tensor  # (B, T): which of the four a token belongs to
+    before: torch.Tensor  # (B, T): the column whose state predicts it
+
+
+def lay_out(rows, pad_id):
+    """Return (ids, part), (B, T) each, of B Pairs: see PairStates."""
+    width = max(row.length for row in rows)
+    ids, part = torch.full((len(rows), width), pad_id), torch.full((len(rows), width), PADDING)
+    for b, row in enumerate(rows):
+        ids[b, : row.length] = torch.tensor([*row.prompt, *row.chosen, *row.rejected])
+        part[b, : row.length] = torch.tensor([PROMPT, CHOSEN, REJECTED]).repeat_interleave(torch.tensor(row.lengths))
+    return ids, part
+
+
+def pair_states(model, ids, part):
+    """Return the PairStates of Pairs laid out as `ids` and `part`, each (B, T).
+
+    Both answers have the positions behind the prompt, and neither sees the other. So every state is what it would be
+    in a row of its own, and the prompt is computed once instead of twice."""
+    ids, part, columns = ids.to(model.device), part.to(model.device), torch.arange(ids.shape[1], device=model.device)
+    P, Q = ((part < side).sum(1, keepdim=True) for side in (CHOSEN, REJECTED))  # (B, 1): where the answers begin
+    positions = torch.where(part == REJECTED, columns - Q + P, columns).masked_fill(part == PADDING, 0)
+    seen = (part[:, None, :] == PROMPT) | (part[:, None, :] == part[:, :, None])
+    allowed = (seen & (columns <= columns[:, None]))[:, None]
+    x = model.embed(ids, positions)
     for block in model.trf_blocks:
         x = block(x, allowed)
-    return model.final_norm(x), starts
+    before = torch.where(columns == Q, P, columns) - 1  # the prompt's last state predicts both first tokens
+    return PairStates(model.final_norm(x), ids, part, before.clamp(min=0))
 
 
 def pair_scores(model, rows, pad_id):
     """Return a reward model's scores ((B,), (B,)) of the chosen and the rejected answers of B Pairs."""
-    return state_scores(model, *pair_states(model.gpt, rows, pad_id), rows, pad_id)
+    return state_scores(model, pair_states(model.gpt, *lay_out(rows, pad_id)))
 
 
-def state_scores(model, states, starts, rows, pad_id, logprobs=None):
-    """Return the scores ((B,), (B,)) of both answers of B Pairs, of which `pair_states` made states and starts.
+def state_scores(model, pairs, logprobs=None):
+    """Return a reward model's scores ((B,), (B,)) of both answers, from PairStates.
 
     `logprobs`, what `answer_logprobs` returns, saves computing it once more."""
-    ends = torch.tensor([(Q, Q + len(row.rejected)) for row, (_, Q) in zip(rows, starts)], device=states.device)
+    answers = torch.stack([pairs.part == CHOSEN, pairs.part == REJECTED], dim=1)  # (B, 2, T)
     if model.head_kind == "mean":
-        columns = torch.arange(states.shape[1], device=states.device)
-        inside = (columns >= torch.tensor(starts, device=states.device)[:, :, None]) & (columns < ends[:, :, None])
-        return model.score(mean_states(states, inside)).float().unbind(1)
-    last = states.gather(1, (ends - 1)[:, :, None].expand(-1, -1, states.shape[2]))
+        return model.score(mean_states(pairs.states, answers)).float().unbind(1)
+    last = answers.shape[2] - 1 - answers.int().flip(2).argmax(2)  # (B, 2)
+    states = pairs.states.gather(1, last[:, :, None].expand(-1, -1, pairs.states.shape[2]))
     if model.head_kind != "likelihood":
-        return model.score(last).float().unbind(1)
-    logprobs = logprobs or answer_logprobs(model.gpt, states, starts, rows, pad_id)
-    return model.score(last, torch.stack(logprobs, dim=1)).float().unbind(1)
+        return model.score(states).float().unbind(1)
+    return model.score(states, torch.stack(logprobs or answer_logprobs(model.gpt, pairs), dim=1)).float().unbind(1)
 
 
-def answer_logprobs(model, states, starts, rows, pad_id):
-    """Return (chosen, rejected), (B,) each: the summed log-probabilities of both answers, from `pair_states`."""
-    summed = []
-    for side in ("chosen", "rejected"):
-        ids, mask, R = pack([[]] * len(rows), [getattr(row, side) for row in rows], pad_id, states.device)
-        first = [P if side == "chosen" else Q for P, Q in starts]
-        before = torch.tensor([[P - 1, *range(at, at + R - 1)] for at, (P, _) in zip(first, starts)])
-        before = before.clamp(max=states.shape[1] - 1).to(states.device)[:, :, None].expand(-1, -1, states.shape[2])
-        summed.append(summed_logprobs(model, states.gather(1, before), ids, mask))
-    return summed
+def answer_logprobs(model, pairs):
+    """Return [chosen, rejected], (B,) each: the summed log-probabilities of both answers, from PairStates."""
+    states = pairs.states.gather(1, pairs.before[:, :, None].expand_as(pairs.states))
+    return [summed_logprobs(model, states, pairs.ids, pairs.part == side) for side in (CHOSEN, REJECTED)]
 
 
 def hide(rows, share, hidden_id):
@@ -957,9 +971,10 @@ def pair_objective(model, rows, pad_id, config):
 
     With --cross each chosen answer is to beat the rejected ones of all B pairs: B^2 comparisons instead of B. With
     --lm_weight both answers are also to be predicted, the hidden tokens too, as in Radford et al. 2018, equation 5."""
-    states, starts = pair_states(model.gpt, hide(rows, config.token_dropout, pad_id), pad_id)
-    logprobs = answer_logprobs(model.gpt, states, starts, rows, pad_id) if config.lm_weight else None
-    chosen, rejected = state_scores(model, states, starts, rows, pad_id, logprobs)
+    (ids, part), (shown, _) = lay_out(rows, pad_id), lay_out(hide(rows, config.token_dropout, pad_id), pad_id)
+    pairs = pair_states(model.gpt, shown, part)._replace(ids=ids.to(model.gpt.device))
+    logprobs = answer_logprobs(model.gpt, pairs) if config.lm_weight else None
+    chosen, rejected = state_scores(model, pairs, logprobs)
     loss = reward_loss(chosen, rejected)
     if config.cross:
         loss = (1 - config.cross) * loss + config.cross * reward_loss(chosen[:, None], rejected)
@@ -1049,14 +1064,14 @@ def evaluate_reward(run, model, rows, samples, tokenizer, template):
     model.eval()
     margins = score_pairs(model, rows, tokenizer.eot_id)
     loss, accuracy = -F.logsigmoid(margins).mean().item(), correct(margins).mean().item()
-    better = run.best(loss)
+    better = run.count_evaluation(loss)
     run.log(val_loss=loss, val_accuracy=accuracy, val_margin=margins.mean().item())
     if better:
         with merged(run, model):
             model.normalise(torch.cat([model(*some).float() for some in samples]))
             save_reward_model(run.folder / "model.safetensors", model, tokenizer, stage="reward", step=run.step,
                               template=template, blind=run.config.blind, val_loss=loss, data_sha256=run.data_sha256)
-        model.normalise(None)  # the loss is about differences as they are
+        model.undo_normalise()
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {accuracy:.1%}"
           + ("  best" if better else ""), file=sys.stderr)
     keys = {"loss": "loss", "validation loss": "val_loss", "validation accuracy": "val_accuracy"}
@@ -1101,7 +1116,7 @@ def finish_reward(run, parts, rows):
     return summary
 
 
-def targets(episodes, kl_coef, config, stage):
+def advantages_and_returns(episodes, kl_coef, config, stage):
     """Return (advantages, returns), (B, R) each, that the responses are to be learnt from; GRPO has no returns."""
     mask = episodes.response_mask
     scores = episodes.scores - config.no_stop_penalty * (~episodes.stopped)
@@ -1212,7 +1227,7 @@ def episode_metrics(episodes, returns, kl_coef):
 
 
 def report_policy(run, episodes, loss, norm, rate, metrics):
-    """Return None after logging a step, with a line about it now and then."""
+    """Log a step, with a line about it now and then."""
     run.kept["episodes"] = run.kept.get("episodes", 0) + len(episodes.texts)
     metrics |= {"eps": len(episodes.texts) / (time.monotonic() - run.step_clock), "lr": rate}
     run.log(episode=run.kept["episodes"], **metrics)
@@ -1233,13 +1248,13 @@ PANELS = {  # file: (what its numbers are, which figures of a step it draws); un
 
 
 def draw_panel(run, name, curves, label):
-    """Return None after drawing `Run.curves` of the steps into the run's folder, where there are any yet."""
+    """Draw `Run.curves` of the steps into the run's folder, where there are any yet."""
     if any(curves.values()):
         draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}", curves, y_label=label)
 
 
 def adapt(run, kl, episodes):
-    """Return None after adapting the KL coefficient, and ending the run where the policy has gone too far."""
+    """Adapt the KL coefficient, and end the run where the policy has gone too far."""
     config = run.config
     if config.kl_target:
         run.kept["kl_coef"] = kl_controller(run.kept["kl_coef"], kl, config.kl_target, episodes, config.kl_horizon)
@@ -1266,18 +1281,18 @@ def train_policy(config, stage):
     run.start(policy, make_optimizers(policy, config), total_steps(config, per_epoch),
               fingerprint(prompts, config.init, config.reward))
     compile_blocks(policy, config)
-    kept = functools.partial(evaluate_policy, run, policy, start, val_prompts[: config.eval_prompts], reward, tokenizer,
-                             template)
+    evaluate_now = functools.partial(evaluate_policy, run, policy, start, val_prompts[: config.eval_prompts], reward,
+                                     tokenizer, template)
     if run.step == 0:
         run.kept["kl_coef"] = config.kl_coef
-        kept()
+        evaluate_now()
     for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
         order = epoch_order(len(prompts), config.seed, epoch).tolist()
         for batch in run.batches(order, per_batch):  # 2. each batch; `improve` has steps 3 to 6
             kl_coef = run.kept["kl_coef"]
             with context:
                 episodes = play(policy, start, [prompts[i] for i in batch], reward, tokenizer, config, group)
-            advantages, returns = targets(episodes, kl_coef, config, stage)
+            advantages, returns = advantages_and_returns(episodes, kl_coef, config, stage)
             loss, metrics, norm, rate = improve(policy, episodes, advantages, returns, kl_coef, config, run.apply,
                                                 context, [prompts[i] for i in batch])
             run.advance(loss, int(episodes.mask.sum()))
@@ -1285,14 +1300,14 @@ def train_policy(config, stage):
             report_policy(run, episodes, loss, norm, rate, metrics)  # 7. report
             adapt(run, metrics["objective/kl"], len(episodes.texts))
             if run.due(config.eval_every):  # 8. evaluate, sample, save
-                kept()
+                evaluate_now()
             run.end_step()
     return finish_policy(run, start, test_prompts, reward, tokenizer)
 
 
 def pair_logprobs(model, rows, pad_id):
     """Return (chosen, rejected), (B,) each: the summed log-probabilities of both answers of B Pairs."""
-    return answer_logprobs(model, *pair_states(model, rows, pad_id), rows, pad_id)
+    return answer_logprobs(model, pair_states(model, *lay_out(rows, pad_id)))
 
 
 def pair_loss(model, start, rows, pad_id, config, compared=True):
@@ -1359,7 +1374,7 @@ def evaluate_pairs(run, model, start, rows, tokenizer, template):
         value, metrics = pair_loss(model, start, some, tokenizer.eot_id, run.config)
         loss += value.item() * share
         sums.update({key: value * share for key, value in metrics.items()})
-    better = run.best(loss)
+    better = run.count_evaluation(loss)
     run.log(val_loss=loss, **{f"val_{key}": value for key, value in sums.items()})
     if better:
         save_policy(run, model, tokenizer, template, val_loss=loss)
@@ -1380,8 +1395,8 @@ def assess(model, start, prompts, reward, tokenizer, config, best_of=1):
     """Return what a model does on prompts, a dict: responses, and per prompt (N,) gold, reward, kl, exact and length.
 
     Responses are sampled as in training, for every model from the same random numbers; `exact` alone is greedy. With
-    `best_of` the one with the highest reward of so many counts, and kl is log n - (n - 1) / n, that of the best of n
-    (Stiennon et al. 2020, section 4.3)."""
+    `best_of` the one with the highest reward of so many counts, and kl is log n - (n - 1) / n: that of the best of n
+    where no two score the same, else a bound (Stiennon et al. 2020, appendix G.3)."""
     policy, generator = Policy(model).to(model.device), torch.Generator(model.device).manual_seed(config.seed)
     texts, greedy, numbers = [""] * len(prompts), [""] * len(prompts), torch.zeros(len(prompts), 3)
     for some in pieces(torch.tensor([len(prompt.ids) for prompt in prompts]), math.ceil(len(prompts) / 128)):
@@ -1404,7 +1419,7 @@ def assess(model, start, prompts, reward, tokenizer, config, best_of=1):
 
 
 def save_policy(run, model, tokenizer, template, **made):
-    """Return None after writing model.safetensors, and adapter/ where there are adapters."""
+    """Write model.safetensors, and adapter/ where there are adapters."""
     with merged(run, model):
         gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer, stage=run.stage, step=run.step,
                             template=template, data_sha256=run.data_sha256, **made)
@@ -1419,7 +1434,7 @@ def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
         raise ValueError(f"all {len(prompts)} rewards are {found['reward'][0].item():g} before the first step: nothing "
                          "can be learnt from them; look at --reward")
     figures = {f"val_{key}": found[key].mean().item() for key in ("reward", "kl", "gold") if found[key] is not None}
-    better = run.best(run.config.kl_coef * figures["val_kl"] - figures["val_reward"])
+    better = run.count_evaluation(run.config.kl_coef * figures["val_kl"] - figures["val_reward"])
     line = "  ".join(f"{key} {value:.3f}" for key, value in figures.items()) + ("  best" if better else "")
     shown = [(run.step + number * 37) % len(prompts) for number in range(min(3, len(prompts)))]
     samples = [f"{prompts[i].text}  ->  {found['responses'][i]}".replace("\n", " / ") for i in shown]
@@ -1546,9 +1561,9 @@ def judged_wins(judge, prompts, ours, theirs):
 
 
 def stored_opponent(config, prompts, reward):
-    """Return (the prompts that the file --against answers, its responses in the form of `assess`)."""
+    """Return (up to --test_prompts that the file --against answers, its responses in the form of `assess`)."""
     answers = {prompt_of(row): row["response"] for row in stored_responses(config.against)}
-    prompts = [prompt for prompt in prompts if prompt.text in answers]
+    prompts = [prompt for prompt in prompts if prompt.text in answers][: config.test_prompts or None]
     if not prompts:
         raise ValueError(f"--against {config.against} answers none of the held-out prompts of {config.data}")
     asked, texts = [prompt.text for prompt in prompts], [answers[prompt.text] for prompt in prompts]
@@ -1567,8 +1582,8 @@ def evaluate(config):
     template = template if config.template == "auto" else config.template
     prompts = make_prompts(load_pairs(config)[2], tokenizer, template, config, model)
     reward, start = reward_if_any(config, model), start_of(model)
-    prompts, opponent = stored_opponent(config, prompts, reward) if config.against else (prompts, None)
-    prompts = prompts[: config.test_prompts or None]
+    prompts, opponent = (stored_opponent(config, prompts, reward) if config.against
+                         else (prompts[: config.test_prompts or None], None))
     found = {"start": assess(model, start, prompts, reward, tokenizer, config)}
     if config.best_of > 1 and reward:
         found[f"best of {config.best_of}"] = assess(model, start, prompts, reward, tokenizer, config, config.best_of)
@@ -1611,7 +1626,7 @@ class Ratings:
             self.rows += finished_lines(file)
 
     def add(self, row):
-        """Return None once a row is on the disk."""
+        """Write a row; it is on the disk when this returns."""
         path = self.paths[row["preferred"] in (1, 2)]
         self.history.append((path, path.stat().st_size if path.exists() else 0))
         with open(path, "a", encoding="utf-8") as file:
@@ -1717,7 +1732,7 @@ def rate(config):
 
 
 def report_ratings(rows, sources, path):
-    """Return None after printing how many comparisons there are and, of two models, which one wins."""
+    """Print how many comparisons there are and, of two models, which one wins."""
     clear = [row for row in rows if row["preferred"] in (1, 2)]
     ties = sum(row["preferred"] == "tie" for row in rows)
     print(f"\n{len(clear)} preferences, {ties} ties, {len(rows) - len(clear) - ties} skipped; {path}")

@@ -38,6 +38,7 @@ import copy
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import html
 import inspect
@@ -62,7 +63,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from data import SlidingWindowDataset, epoch_order, format_prompt, load_tokens, prepare, seeded, texts, token_info
 from gpt import GPT_CONFIGS, GPTModel, Parser, explain, pick_device, replacing
-from tokenizer import from_dict, load_tokenizer, show
+from tokenizer import CharTokenizer, WordTokenizer, from_dict, load_tokenizer, show
 
 try:
     import fcntl  # locks; Windows has none of this kind
@@ -171,7 +172,7 @@ def limits(field):
 
 
 def check_limits(config):
-    """Return None; raises ArgumentError for the first option outside its limits (nan is outside of any).
+    """Raise ArgumentError for the first option outside its limits (nan is outside of any).
 
     Where the least is -1, that stands for "by the model", and what lies between it and 0 means nothing."""
     for field in dataclasses.fields(config):
@@ -225,32 +226,39 @@ def run_script(doc, Config, commands, argv=None, file=__file__, parallel=()):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (argparse.ArgumentError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        memory = out_of_memory(error)
-        gone = several and (isinstance(error, dist.DistError) or "gloo" in str(error))  # met outside of `lost`
-        if debug or type(error) is RuntimeError and not (memory or gone):
+        message = diagnosis(error)
+        if debug or not message:
             raise
-        error = LOST if gone else error
-        if memory:
-            error = "out of memory; lower --batch_size or --context_length, or raise --accumulate"
-        elif getattr(error, "errno", None) and error.filename is None and Run.current is not None:
-            error.filename = str(Run.current.folder)  # a full disk shows when a file is closed, and then has no name
-        message, status = f"error: {explain(error)}", 2 if isinstance(error, argparse.ArgumentError) else 1
+        status = 2 if isinstance(error, argparse.ArgumentError) else 1
     finally:
         if Run.current is not None:
             Run.current.close()
         sys.stdout, sys.stderr = (sys.__stdout__, sys.__stderr__) if process() else (sys.stdout, sys.stderr)
     behind_first(status)
-    print(message, file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return status
+
+
+def diagnosis(error):
+    """Return one line for an error that ended a run: its cause and the remedy; "" for a mistake of ours."""
+    if out_of_memory(error):
+        return "out of memory; lower --batch_size or --context_length, or raise --accumulate"
+    if several and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return LOST  # met where `lost` does not look
+    if type(error) is RuntimeError:
+        return ""
+    if getattr(error, "errno", None) and error.filename is None and Run.current is not None:
+        error.filename = str(Run.current.folder)  # a full disk shows when a file is closed, and then has no name
+    return explain(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, started by torchrun: each computes its share of every batch, the first one does all the writing
 #
 # There is no DistributedDataParallel around the model: every gradient is summed once an update, when its last piece is
-# computed. So nothing is sent between the pieces of --accumulate, and tied weights, Muon and adapters need no thought;
-# given up is sending the gradients of late layers while those of early ones are still computed. Each process holds the
-# whole model; with --fsdp, for models that do not fit, FSDP2 leaves each its share, and the files are the same.
+# computed. So nothing is sent between the pieces of --accumulate, and tied weights, Muon and adapters need no thought.
+# The price: sending does not overlap with backward. Each process holds the whole model; with --fsdp, for models that do
+# not fit, FSDP2 leaves each its share, and the files are the same.
 
 GUARD = 60  # seconds that a process may be behind the others in a step before the run is ended
 LOST = f"another process of this run ended, or was silent for {GUARD} s; --resume goes on from the last save"
@@ -260,6 +268,11 @@ several = None  # in a run of several processes: the group for waits without lim
 def process():
     """Return the number of this process among those that torchrun started, 0 for the first or only one."""
     return int(os.environ.get("RANK", 0)) % int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first():
+    """Return whether this is the first or only process, the one that writes."""
+    return process() == 0
 
 
 def processes():
@@ -295,7 +308,7 @@ def launch(config, command, supported):
 
 
 def leave():
-    """Return None when all processes are done, what the first one does alone at the end included."""
+    """Wait until all processes are done, what the first one does alone at the end included, and part from them."""
     global several
     if several:
         wait()
@@ -315,7 +328,7 @@ def lost():
 
 
 def wait():
-    """Return None when all processes have come here, however long the first one works alone before."""
+    """Wait until all processes have come here, however long the first one works alone before."""
     if several:
         with lost():
             dist.barrier(several)
@@ -336,7 +349,7 @@ def first(function, *args):
     if process():
         wait()
     result = function(*args)
-    if not process():
+    if is_first():
         wait()
     return result
 
@@ -359,7 +372,7 @@ def together(value, op="sum"):
 
 
 def sum_gradients(model):
-    """Return None after summing each trainable parameter's gradient over all processes, 0 for one that had no rows.
+    """Sum each trainable parameter's gradient over all processes, 0 for one that had no rows.
 
     Each loss was divided by the tokens of the whole batch, so the sum is the whole batch's gradient, however unequal
     the shares; DistributedDataParallel's mean of means would weigh a token by the process that it came to."""
@@ -374,7 +387,7 @@ def sum_gradients(model):
 
 
 def check_sharding(config, count):
-    """Return None; raises ArgumentError for --fsdp in one process or beside a flag that needs whole parameters."""
+    """Raise ArgumentError for --fsdp in one process or beside a flag that needs whole parameters."""
     if count == 1:
         raise argparse.ArgumentError(None, "--fsdp shares a model among processes; start them with torchrun "
                                            "--standalone --nproc_per_node=2 train.py ..., or leave it out")
@@ -445,6 +458,86 @@ def whole_model(model):
 # Model, device, optimizer, schedule
 
 
+def new_model(config, tokenizer):
+    """Return a model with fresh weights: the architecture of --model, the sizes given, the tokenizer's vocabulary."""
+    sizes = {name: getattr(config, name) for name in ("context_length", "emb_dim", "n_layers", "n_heads")}
+    sizes = {name: value for name, value in sizes.items() if value}
+    if config.drop_rate >= 0:
+        sizes["drop_rate"] = config.drop_rate
+    try:
+        return GPTModel(dataclasses.replace(GPT_CONFIGS[config.model], vocab_size=tokenizer.vocab_size, **sizes))
+    except ValueError as error:
+        raise argparse.ArgumentError(None, f"--{error}") from None
+
+
+def check_sizes(config, *others):
+    """Raise ArgumentError for a flag that --init, which brings an architecture, would leave unused.
+
+    `others` are flags of the script's own that are for --init scratch too."""
+    for name in ("model", "emb_dim", "n_layers", "n_heads", *others):
+        if getattr(config, name) != getattr(type(config), name):
+            raise argparse.ArgumentError(None, f"--{name} {getattr(config, name)} does not go with --init "
+                                               f"{config.init}, whose model has its own; leave one of the two out, or "
+                                               "give --init scratch")
+
+
+def load_start(config, default_command):
+    """Return (model, tokenizer, made) for --init: a GPT-2 name or a checkpoint, cropped and with dropout as asked.
+
+    Raises FileNotFoundError that names `default_command`, the one that makes the missing file."""
+    if config.init in GPT_CONFIGS and config.init != "tiny":
+        from gpt2_weights import load_gpt2
+
+        model, tokenizer, made = load_gpt2(config.init), load_tokenizer("gpt2"), {"kind": "gpt", "init": config.init}
+    elif (folder := Path(config.init)).is_dir():
+        raise ValueError(f"--init {folder} is a folder; {gpt.file_in(folder)}")
+    elif not folder.is_file():
+        raise FileNotFoundError(f"--init {config.init} does not exist; make it with: {default_command}")
+    else:
+        model, tokenizer, made = gpt.load_checkpoint(config.init)
+        if tokenizer is None:
+            raise ValueError(f"--init {config.init} holds no tokenizer")
+        tokenizer = from_dict(tokenizer)
+    return with_options(model, config), tokenizer, made
+
+
+def load_writer(config, default_command):
+    """Return what `load_start` does; raises ValueError for a model that scores classes, not tokens."""
+    model, tokenizer, made = load_start(config, default_command)
+    if made["kind"] != "gpt":
+        raise ValueError(f"{config.init} is a {made['kind']}, which writes no text; give a model of {default_command}")
+    return model, tokenizer, made
+
+
+def with_options(model, config):
+    """Return `model` with --context_length (cropping the learned positions) and --drop_rate applied."""
+    length = config.context_length or model.config.context_length
+    if length > model.config.context_length:
+        raise ValueError(f"--context_length {length}: the model of --init has {model.config.context_length} positions")
+    drop_rate = model.config.drop_rate if config.drop_rate < 0 else config.drop_rate
+    changed = GPTModel(dataclasses.replace(model.config, context_length=length, drop_rate=drop_rate))
+    if model.out_head.out_features != model.config.vocab_size:  # a classifier's
+        changed.out_head = model.out_head
+    changed.load_state_dict({**model.state_dict(), "pos_emb.weight": model.pos_emb.weight[:length]})
+    return changed
+
+
+def compile_blocks(model, config):
+    """Compile the blocks for any shape, in place, where --compile asks for it, for calls without a cache.
+
+    With a cache the plain forward runs: torch would compile anew for each layer and length and, after eight times,
+    stop compiling, in training too. So the number of the layer, which only a cache needs, does not reach what is
+    compiled."""
+    def without_cache(plain, compiled):
+        def forward(x, allowed=None, cache=None, layer=0, rows=None):
+            return compiled(x, allowed, rows=rows) if cache is None else plain(x, allowed, cache, layer, rows)
+
+        return forward
+
+    for block in model.trf_blocks if config.compile else ():
+        block.forward = without_cache(block.forward, torch.compile(block.forward, dynamic=True))
+
+
 def autocast(config, device):
     """Return the context in which a loss is computed: bfloat16 matrix products where asked for and worth it.
 
@@ -460,28 +553,20 @@ def autocast(config, device):
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def decay_groups(model, weight_decay):
-    """Return AdamW's two parameter groups: matrices with weight decay, vectors (biases, norms) without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-
-
 def make_optimizers(model, config):
     """Return the list of optimizers for the trainable parameters: AdamW, or Muon for the blocks' matrices and AdamW.
 
-    Each group keeps its `peak` rate, which `Run.apply` scales."""
-    matrices = set()
-    optimizers = []
+    Weight decay is for matrices; vectors (biases, norms) have none. Each group keeps its `peak` rate, which
+    `Run.apply` scales."""
+    matrices, optimizers = [], []
     if config.optimizer == "muon":
         blocks = model.get_submodule("trf_blocks")
-        matrices = {p for p in blocks.parameters() if p.requires_grad and p.dim() == 2}
-        if matrices:
-            in_order = [p for p in blocks.parameters() if p in matrices]
-            optimizers.append(Muon(in_order, config.learning_rate, config.weight_decay, config.momentum))
-    groups = decay_groups(model, config.weight_decay)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p not in matrices]
+        matrices = [p for p in blocks.parameters() if p.requires_grad and p.dim() == 2]
+    if matrices:
+        optimizers.append(Muon(matrices, config.learning_rate, config.weight_decay, config.momentum))
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in matrices)]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     groups = [group for group in groups if group["params"]]
     if groups:
         fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one pass over memory instead of several
@@ -544,7 +629,7 @@ class Muon(Unguarded, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Return None after updating every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             shapes = {}  # equal shapes are orthogonalised together: one batched product instead of many small ones
             for p in (p for p in group["params"] if p.grad is not None):
@@ -575,6 +660,14 @@ def default_rate(config, model):
     return 1e-3 if small else 6e-4
 
 
+def total_steps(config, per_epoch):
+    """Return the number of updates: --epochs or --max_steps, whichever ends first; raises ArgumentError for neither."""
+    ends = [end for end in (config.epochs * per_epoch, config.max_steps) if end]
+    if not ends:
+        raise argparse.ArgumentError(None, "--epochs 0 and --max_steps 0 together never end; give one of them")
+    return min(ends)
+
+
 def rate_factor(step, total, warmup, schedule, final):
     """Return the learning rate of update `step` (from 0) of `total` as a share of the peak.
 
@@ -589,47 +682,10 @@ def rate_factor(step, total, warmup, schedule, final):
     return final + (1 - final) * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def load_start(config, default_command):
-    """Return (model, tokenizer, made) for --init: a GPT-2 name or a checkpoint, cropped and with dropout as asked.
-
-    Raises FileNotFoundError that names `default_command`, the one that makes the missing file."""
-    from tokenizer import from_dict, load_tokenizer
-
-    if config.init in GPT_CONFIGS and config.init != "tiny":
-        from gpt2_weights import load_gpt2
-
-        model, tokenizer, made = load_gpt2(config.init), load_tokenizer("gpt2"), {"kind": "gpt", "init": config.init}
-    elif (folder := Path(config.init)).is_dir():
-        raise ValueError(f"--init {folder} is a folder; {gpt.file_in(folder)}")
-    elif not folder.is_file():
-        raise FileNotFoundError(f"--init {config.init} does not exist; make it with: {default_command}")
-    else:
-        model, tokenizer, made = gpt.load_checkpoint(config.init)
-        if tokenizer is None:
-            raise ValueError(f"--init {config.init} holds no tokenizer")
-        tokenizer = from_dict(tokenizer)
-    return with_options(model, config), tokenizer, made
-
-
-def load_writer(config, default_command):
-    """Return what `load_start` does; raises ValueError for a model that scores classes, not tokens."""
-    model, tokenizer, made = load_start(config, default_command)
-    if made["kind"] != "gpt":
-        raise ValueError(f"{config.init} is a {made['kind']}, which writes no text; give a model of {default_command}")
-    return model, tokenizer, made
-
-
-def with_options(model, config):
-    """Return `model` with --context_length (cropping the learned positions) and --drop_rate applied."""
-    length = config.context_length or model.config.context_length
-    if length > model.config.context_length:
-        raise ValueError(f"--context_length {length}: the model of --init has {model.config.context_length} positions")
-    drop_rate = model.config.drop_rate if config.drop_rate < 0 else config.drop_rate
-    changed = GPTModel(dataclasses.replace(model.config, context_length=length, drop_rate=drop_rate))
-    if model.out_head.out_features != model.config.vocab_size:  # a classifier's
-        changed.out_head = model.out_head
-    changed.load_state_dict({**model.state_dict(), "pos_emb.weight": model.pos_emb.weight[:length]})
-    return changed
+def next_token_loss(logits, targets):
+    """Return the summed cross-entropy in nats: logits (B, T, V), targets (B, T) -> (); targets of -100 do not count."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for a sum of many
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=gpt.IGNORE, reduction="sum")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,7 +700,8 @@ class Stopped(Exception):
         self.signal = number
 
 
-# Options that may change when a run goes on, as they decide nothing in it; the second line's are for other commands.
+# Options that may change when a run goes on, as they decide nothing in it; those of the second line belong to commands
+# that train nothing.
 FREE = {"resume", "fresh", "debug", "log_every", "save_every", "out_dir", "fsdp",
         "checkpoint", "against", "prompt", "out", "split", "file", "part", "text", "ratings", "best_of", "rounds"}
 
@@ -667,14 +724,15 @@ def move_aside(path):
 
 
 def write_json(path, value):
-    """Return None after writing a value as readable JSON, whole or not at all."""
+    """Write a value as readable JSON, whole or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def out_of_memory(error):
     """Return whether an error says that memory ran out, as Python, the CPU's allocator or CUDA says it."""
-    return isinstance(error, MemoryError) or "alloc" in str(error) and "memory" in str(error)
+    system = isinstance(error, RuntimeError) or getattr(error, "errno", None) == errno.ENOMEM  # not a file's name
+    return isinstance(error, MemoryError) or system and "alloc" in str(error) and "memory" in str(error)
 
 
 def damage(path):
@@ -725,8 +783,8 @@ def frozen_sha256(model):
 class Run:
     """One run's folder and its progress.
 
-    `step` counts the updates done, of `total`. The script's loop asks for batches and calls `update`, `report`,
-    `best`, `save`; everything that must survive a stop is written by `save` and read back by `start`."""
+    `step` counts the steps done, of `total`. The script's loop asks for `batches` and calls `update`, `report` and
+    `end_step`; everything that must survive a stop is written by `save` and read back by `start`."""
 
     current = None  # the run whose folder this process holds
 
@@ -735,13 +793,18 @@ class Run:
         given, or no state.pt to resume from, or one with other options, or where another process works there."""
         total_steps(config, 1)  # refuses a run without end before anything is written
         self.config, self.stage, self.folder = config, stage, Path(config.out_dir)
-        self.step = self.total = self.tokens = self.bad_evaluations = self.count = 0
-        self.best_value, self.seconds, self.train_seconds, self.loss_sum = math.inf, 0.0, 0.0, 0.0
-        self.recent, self.clock, self.state, self.stop_signal, self.lock_file = [], None, None, 0, None
-        self.losses = collections.deque(maxlen=100)  # of the last steps, to tell a spike
+        self.step = self.total = self.tokens = 0
+        self.loss_sum, self.count = 0.0, 0  # of the steps since the last evaluation
+        self.best_value, self.bad_evaluations = math.inf, 0  # so far, and how many since then were no better
+        self.seconds = self.train_seconds = 0.0  # of earlier parts of the run; within steps, this part's too
         self.kept = {}  # plain values of the script's own that a resumed run needs
+        self.state = None  # what was saved, until `start` has put it back
+        self.clock = None  # when `start` began; before that nothing was trained
+        self.recent = []  # (loss, tokens, seconds) of the steps since the last log line
+        self.losses = collections.deque(maxlen=100)  # of the last steps, to tell a spike
+        self.stop_signal, self.lock_file = 0, None
         self.examples = ()  # indices of this step's batch, all processes together
-        if process() == 0:
+        if is_first():
             self.open()
         wait()
         if together(int(self.state is not None), "max") and self.state is None:  # the first process found one
@@ -826,6 +889,7 @@ class Run:
         if deciding(self.state["options"]) != saved_options(self.config):
             return None
         print(f"{self.folder} is finished: {self.state['step']} steps; nothing to do", file=sys.stderr)
+        self.close()
         return json.loads(path.read_text(encoding="utf-8"))
 
     def start(self, model, optimizers, total, data_sha256):
@@ -839,7 +903,7 @@ class Run:
         else:
             self.restore(self.state)
             self.state = None  # it is as large as model and optimizer together
-            if process() == 0:
+            if is_first():
                 (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is made longer now
         if self.config.warmup_steps >= total:
             print(f"warning: --warmup_steps {self.config.warmup_steps} for a run of {total} steps: the learning rate "
@@ -847,7 +911,7 @@ class Run:
         patience = self.config.patience
         if patience and self.bad_evaluations >= patience or self.kept.get("ended"):  # it had stopped early
             self.total = self.step
-        if process() == 0:
+        if is_first():
             self.cut_log()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{self.stage}: {total} steps, {trainable:,} trainable parameters"
@@ -945,7 +1009,7 @@ class Run:
         The first process writes. With --fsdp each holds only its share, and the first one's CPU memory must take the
         whole: all processes must come here, as each tensor in turn is put together."""
         model, optimizers = gathered([trainable_state(self.model), [o.state_dict() for o in self.optimizers]])
-        if process() == 0:
+        if is_first():
             self.write_state(model, optimizers)
         wait()
 
@@ -990,15 +1054,15 @@ class Run:
             yield share(self.examples)
 
     def update(self, loss, tokens):
-        """Clip the gradients, set the rate, update the weights; return (gradient norm, rate).
-
-        Raises ValueError before anything is changed where the loss or a gradient is not finite."""
+        """Do a step, which is one `apply` and one `advance`; return (gradient norm, rate)."""
         norm, rate = self.apply(loss)
         self.advance(loss, tokens)
         return norm, rate
 
     def apply(self, loss):
-        """Do what `update` does without counting a step, for a step that consists of several updates."""
+        """Clip the gradients, set the rate, update the weights; return (gradient norm, rate). A step may do it often.
+
+        Raises ValueError before anything is changed where the loss or a gradient is not finite."""
         config = self.config
         sum_gradients(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -1016,7 +1080,7 @@ class Run:
         return norm, config.learning_rate * factor
 
     def advance(self, loss, tokens):
-        """Count one step of so many tokens."""
+        """Count one step with this loss and so many tokens."""
         self.step += 1
         self.tokens += tokens
         self.loss_sum, self.count = self.loss_sum + loss, self.count + 1
@@ -1052,8 +1116,9 @@ class Run:
         """Return whether something done every so many steps is due; the last step always is."""
         return self.step == self.total or bool(every) and self.step % every == 0
 
-    def best(self, value):
-        """Return whether `value` (lower is better) is the best so far, counting evaluations without a better one."""
+    def count_evaluation(self, value):
+        """Return whether `value` (lower is better) is the best so far; --patience ends the run after many that are not.
+        """
         better = value < self.best_value
         self.best_value = min(value, self.best_value)
         self.bad_evaluations = 0 if better else self.bad_evaluations + 1
@@ -1085,7 +1150,7 @@ class Run:
                    "step_seconds": round(self.train_seconds / max(1, self.step), 5), **figures}
         if several:
             summary["processes"] = processes()
-        if process() == 0:
+        if is_first():
             write_json(self.folder / "summary.json", summary)
         self.close()
         return summary
@@ -1093,7 +1158,7 @@ class Run:
     def close(self):
         """Give back the folder and the signals; of a run that failed before its first step and model nothing stays."""
         fresh = self.clock is not None and self.step == 0 and not (self.folder / "model.safetensors").exists()
-        if fresh and process() == 0:
+        if fresh and is_first():
             (self.folder / "state.pt").unlink(missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):
@@ -1127,17 +1192,6 @@ def trainable_state(model):
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
-
-
-def wilson(hits, n, z=Z):
-    """Return the 95% interval (low, high) of a share of `hits` in `n` (Wilson 1927): sound even at 0 and at n."""
-    if not n:
-        return 0.0, 1.0
-    centre, spread = hits / n + z * z / (2 * n), z * math.sqrt(hits / n * (1 - hits / n) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
-
-
 def versions():
     """Return the versions that a result depends on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
@@ -1152,6 +1206,27 @@ def peak_memory(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def train_each_seed(train, config, folder):
+    """Return the summaries of `train` with the seeds from --seed on: the first run stands in `folder`, others below."""
+    summaries = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        one = copy.copy(config)
+        one.seed, one.out_dir = seed, folder if seed == config.seed else f"{folder}/seed{seed}"
+        summaries.append(train(one))
+    return summaries
+
+
+Z = 1.959964  # 95% of a normal distribution lies within this many standard deviations
+
+
+def wilson(hits, n, z=Z):
+    """Return the 95% interval (low, high) of a share of `hits` in `n` (Wilson 1927): sound even at 0 and at n."""
+    if not n:
+        return 0.0, 1.0
+    centre, spread = hits / n + z * z / (2 * n), z * math.sqrt(hits / n * (1 - hits / n) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1172,7 +1247,7 @@ def ticks(low, high, count=5):
 
 
 def draw_curves(path, title, series, x_label="step", y_label="loss, nats a token"):
-    """Return None after drawing {name: [(x, y), ...]} as lines into an SVG file that reads in light and dark."""
+    """Draw {name: [(x, y), ...]} as lines into an SVG file that reads in light and dark."""
     series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     points = [point for line in series.values() for point in line] or [(0, 0)]
@@ -1215,76 +1290,12 @@ def draw_curves(path, title, series, x_label="step", y_label="loss, nats a token
 
 def pretraining_tokenizer(config):
     """Return the tokenizer that --tokenizer names: a file, gpt2, or a new char or word tokenizer of the data."""
-    from tokenizer import CharTokenizer, WordTokenizer, load_tokenizer
-
     made_here = {"char": CharTokenizer, "word": WordTokenizer}
     if config.tokenizer in made_here:
         return made_here[config.tokenizer].train(texts(config.data))
     if config.tokenizer != "gpt2" and not Path(config.tokenizer).exists():
         raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; make it with: python tokenizer.py")
     return load_tokenizer(config.tokenizer)
-
-
-def new_model(config, tokenizer):
-    """Return a model with fresh weights: the architecture of --model, the sizes given, the tokenizer's vocabulary."""
-    sizes = {name: getattr(config, name) for name in ("context_length", "emb_dim", "n_layers", "n_heads")}
-    sizes = {name: value for name, value in sizes.items() if value}
-    if config.drop_rate >= 0:
-        sizes["drop_rate"] = config.drop_rate
-    try:
-        return GPTModel(dataclasses.replace(GPT_CONFIGS[config.model], vocab_size=tokenizer.vocab_size, **sizes))
-    except ValueError as error:
-        raise argparse.ArgumentError(None, f"--{error}") from None
-
-
-def check_sizes(config, *others):
-    """Return None; raises ArgumentError for a flag that --init, which brings an architecture, would leave unused.
-
-    `others` are flags of the script's own that are for --init scratch too."""
-    for name in ("model", "emb_dim", "n_layers", "n_heads", *others):
-        if getattr(config, name) != getattr(type(config), name):
-            raise argparse.ArgumentError(None, f"--{name} {getattr(config, name)} does not go with --init "
-                                               f"{config.init}, whose model has its own; leave one of the two out, or "
-                                               "give --init scratch")
-
-
-def compile_blocks(model, config):
-    """Return None; with --compile the blocks are compiled for any shape, in place, for calls without a cache.
-
-    With one they stay as they are: each layer and length would be compiled anew, and after eight such torch gives up
-    for good, in training too. So the number of the layer, which only a cache needs, does not reach what is compiled."""
-    def without_cache(plain, compiled):
-        def forward(x, allowed=None, cache=None, layer=0, rows=None):
-            return compiled(x, allowed, rows=rows) if cache is None else plain(x, allowed, cache, layer, rows)
-
-        return forward
-
-    for block in model.trf_blocks if config.compile else ():
-        block.forward = without_cache(block.forward, torch.compile(block.forward, dynamic=True))
-
-
-def train_each_seed(train, config, folder):
-    """Return the summaries of `train` with the seeds from --seed on: the first run stands in `folder`, others below."""
-    summaries = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        one = copy.copy(config)
-        one.seed, one.out_dir = seed, folder if seed == config.seed else f"{folder}/seed{seed}"
-        summaries.append(train(one))
-    return summaries
-
-
-def total_steps(config, per_epoch):
-    """Return the number of updates: --epochs or --max_steps, whichever ends first; raises ArgumentError for neither."""
-    ends = [end for end in (config.epochs * per_epoch, config.max_steps) if end]
-    if not ends:
-        raise argparse.ArgumentError(None, "--epochs 0 and --max_steps 0 together never end; give one of them")
-    return min(ends)
-
-
-def next_token_loss(logits, targets):
-    """Return the summed cross-entropy in nats: logits (B, T, V), targets (B, T) -> (); targets of -100 do not count."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for a sum of many
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=gpt.IGNORE, reduction="sum")
 
 
 @torch.no_grad()
@@ -1320,28 +1331,28 @@ def sample_text(model, tokenizer, config):
     return config.sample_prompt + tokenizer.decode(new)
 
 
-def evaluate_and_keep(run, model, tokenizer, windows, config, context):
+def evaluate_and_keep(run, model, tokenizer, windows, context):
     """Evaluate on the whole validation split, keep the weights if they are the best so far, log and draw it all."""
-    loss, tokens = evaluate_loss(model, windows, context=context)
-    better = run.best(loss)
+    loss, _ = evaluate_loss(model, windows, context=context)
+    better = run.count_evaluation(loss)
     model = whole_model(model)
-    if process() == 0:
-        write_evaluation(run, model, tokenizer, config, loss, better)
+    if is_first():
+        write_evaluation(run, model, tokenizer, loss, better)
     wait()
     if run.step < run.total:
         run.loss_sum, run.count = 0.0, 0
 
 
-def write_evaluation(run, model, tokenizer, config, loss, better):
+def write_evaluation(run, model, tokenizer, loss, better):
     """Log, show and draw an evaluation with a sample, and keep the weights if they are the best."""
-    text = sample_text(model, tokenizer, config) if config.sample_tokens else ""
+    text = sample_text(model, tokenizer, run.config) if run.config.sample_tokens else ""
     run.log(val_loss=loss, **({"train_loss": run.loss_sum / run.count} if run.count else {}), sample=text)
     if better:
         made = {"stage": run.stage, "step": run.step, "val_loss": loss, "data_sha256": run.data_sha256}
         gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer, **made)
     print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 50)):.2f}"
           + ("  best" if better else ""), file=sys.stderr)
-    if config.sample_tokens:
+    if run.config.sample_tokens:
         print(f"  sample: {' '.join(text.split())}", file=sys.stderr)
         run.write_samples(f"--- step {step}\n{text}\n" for step, text in run.metrics("sample"))
     draw_curves(run.folder / "curves.svg", "Pretraining", run.curves({"train": "loss", "validation": "val_loss"}))
@@ -1382,9 +1393,10 @@ def train(config):
     run.start(model, optimizers, total_steps(config, per_epoch), token_info(folder / "train.bin")["sha256"])
     forward = torch.compile(model) if config.compile else model
     pieces = torch.tensor_split if config.fsdp else torch.chunk  # sharded, all must compute each block as often
+    evaluate_now = functools.partial(evaluate_and_keep, run, model, tokenizer, val_windows, context)
     model.train()
     if run.step == 0:
-        evaluate_and_keep(run, model, tokenizer, val_windows, config, context)
+        evaluate_now()
     for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
         order = epoch_order(len(windows), config.seed, epoch)
         for batch in run.batches(order, config.batch_size):  # 2. each batch, of several processes this one's share
@@ -1401,7 +1413,7 @@ def train(config):
             norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
             run.report(batch_loss, norm, rate, tokens)  # 7. report
             if run.due(config.eval_every):  # 8. evaluate, sample, save
-                evaluate_and_keep(run, model, tokenizer, val_windows, config, context)
+                evaluate_now()
             run.end_step()
     summary = run.finish(train_loss=run.loss_sum / max(1, run.count), val_loss=run.best_value, tokens=run.tokens,
                          bits_per_byte=bits_per_byte(run.best_value, token_info(folder / "val.bin")),

@@ -839,6 +839,11 @@ def test_out_of_memory_names_the_flags_to_lower(name, said, work, capsys, monkey
     assert train.read_state(f"{folder}/state.pt")["step"] == 2
 
 
+def test_a_files_name_is_no_sign_that_memory_ran_out(work, capsys):
+    """A missing file whose name holds the words of the allocator's message is a missing file."""
+    refused(capsys, train.main, ["--tokenizer", "memory_alloc.json"], 1, "memory_alloc.json does not exist")
+
+
 def test_a_lock_ends_with_its_holder(work, capsys):
     """While a process works in a folder another is refused; killed by SIGKILL, it leaves nothing in the way."""
     pytest.importorskip("fcntl")

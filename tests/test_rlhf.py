@@ -257,7 +257,7 @@ def test_padding_changes_no_score_and_no_gradient():
     """More padding on either side, garbage in it, and another order of rows leave losses and gradients as they were."""
     policy, config = toy(sharp=10).double(), options(response_length=6)
     episodes, _ = rollout(policy, config)
-    advantages, returns = rlhf.targets(episodes, 0.1, config, "ppo")
+    advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
 
     def result(e, advantages, returns, order):
         policy.zero_grad()
@@ -357,7 +357,7 @@ def test_the_first_update_is_reinforce(drop_rate):
         response_length=6, accumulate=2, vf_coef=0.0, ppo_epochs=1)
     policy.train()
     episodes, _ = rollout(policy, config)
-    advantages, returns = rlhf.targets(episodes, 0.1, config, "ppo")
+    advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
     seen = []
 
     def apply(loss):
@@ -394,7 +394,7 @@ def learn(policy, texts, reward, config, steps, rate, stage="ppo", seed=0):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         batch = [prompts[i % len(prompts)] for i in range(config.batch_size // (config.group if stage == "grpo" else 1))]
         episodes = rlhf.play(policy, start, batch, reward, tokenizer, config, config.group if stage == "grpo" else 1)
-        advantages, returns = rlhf.targets(episodes, config.kl_coef, config, stage)
+        advantages, returns = rlhf.advantages_and_returns(episodes, config.kl_coef, config, stage)
         rlhf.improve(policy, episodes, advantages, returns, config.kl_coef, config, apply)
         scores.append(episodes.scores.mean().item())
     return scores
@@ -528,7 +528,7 @@ def test_an_update_adds_the_gradient_of_keeping_skills():
     def gradients(coef, only=False):
         policy, config = toy(sharp=10), options(ptx_coef=coef, ppo_epochs=1, accumulate=2, response_length=8)
         episodes, _ = rollout(policy, config, ["ab"] * 4)
-        advantages, returns = rlhf.targets(episodes, 0.1, config, "ppo")
+        advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
         prompts, kept = [rlhf.Prompt("", [1, 2], "", [3, 7])] * 4, []
 
         def apply(loss):
@@ -587,7 +587,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1_and_the_old_ranking():
     assert scaled.mean().item() == pytest.approx(0, abs=1e-4) and scaled.std().item() == pytest.approx(1, abs=1e-4)
     assert abs(other.mean().item()) < 3 / math.sqrt(300) * other.std().item() and other.std().item() == pytest.approx(1, abs=0.15)
     assert torch.equal(raw.argsort(stable=True), scaled.argsort(stable=True))
-    model.normalise(None)
+    model.undo_normalise()
     assert torch.equal(model(first.ids, first.mask), raw)
     with pytest.raises(ValueError, match="same score"):
         model.normalise(torch.ones(5))
@@ -619,7 +619,7 @@ def test_a_group_of_equal_rewards_teaches_nothing():
     """GRPO without a KL term: the gradient is 0 for groups whose scores are all equal."""
     policy, config = toy(sharp=10), options(response_length=5, group=4, ppo_epochs=1)
     episodes, _ = rollout(policy, config, reward=lambda p, r: [1.0] * len(r), num_samples=4)
-    advantages, returns = rlhf.targets(episodes, 0.0, config, "grpo")
+    advantages, returns = rlhf.advantages_and_returns(episodes, 0.0, config, "grpo")
     assert returns is None and advantages.shape == episodes.response_mask.shape
     largest = []
     rlhf.improve(policy, episodes, advantages, returns, 0.0, config, lambda loss: (largest.append(
@@ -634,7 +634,7 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole():
     results = []
     for count in (1, 2, 4):
         config, grads = options(response_length=7, accumulate=count, ppo_epochs=1), []
-        advantages, returns = rlhf.targets(episodes, 0.1, config, "ppo")
+        advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
         loss, metrics, _, _ = rlhf.improve(policy, episodes, advantages, returns, 0.1, config, lambda loss: (grads.extend(
             p.grad.clone() for p in policy.parameters()), 0.0))
         results.append((loss, metrics["loss/value"], grads))
@@ -917,6 +917,22 @@ def test_seeds_give_mean_and_spread(folder, capsys):
     assert run("reward", "--max_steps", 3, "--seeds", 2, "--resume") == summary
 
 
+@pytest.mark.parametrize("answer, wins", [("", 1.0), ("x" * 60, 0.0)])
+def test_stored_responses_are_the_opponent(answer, wins, folder):
+    """By length: all prompts answered, half of them, or none; each of the first 3 is compared with its own opponent."""
+    rows = [{"instruction": row["prompt"], "input": "", "response": answer} for row in json.loads(Path("pairs.json").read_text())]
+    rows = [{**row, "response": row["response"] or "a"} for row in rows]
+    flags = ["--checkpoint", "start.safetensors", "--reward", "mine:length", "--against", "stored.json", "--test_prompts", 3,
+             "--best_of", 1]
+    for stored in (rows, rows[::2]):
+        Path("stored.json").write_text(json.dumps(stored), encoding="utf-8")
+        run("evaluate", *flags)
+        table = json.loads(Path("evaluation.json").read_text(encoding="utf-8"))
+        assert 0 < table["prompts"] <= 3 and table["rows"]["start"]["wins"][0] == pytest.approx(wins, abs=0.01)
+    Path("stored.json").write_text(json.dumps([{**rows[0], "instruction": "other"}]), encoding="utf-8")
+    run("evaluate", *flags, status=1)
+
+
 # --- rating
 
 
@@ -941,6 +957,15 @@ def test_a_person_rates_undoes_stops_and_goes_on(folder, monkeypatch, capsys):
     assert [row["preferred"] for row in rows] == [1, 2, 2, 2, 2, 2]
     prompts = [row["prompt"] for row in rows] + [json.loads(row)["prompt"] for row in undecided]
     assert len(set(prompts)) == len(prompts) and len(data.read_preferences("r/ratings.jsonl")) == 6
+
+
+def test_ratings_behind_an_odd_line_end_are_not_lost(tmp_path):
+    """U+2028 and U+0085 stand in a row as they are, and end no line."""
+    prompts = ["plain", "a line\u2028separator", "next\u0085line", "after"]
+    ratings = rlhf.Ratings(tmp_path / "ratings.jsonl")
+    for prompt in prompts:
+        ratings.add({"prompt": prompt, "preferred": 1})
+    assert [row["prompt"] for row in rlhf.Ratings(tmp_path / "ratings.jsonl").rows] == prompts
 
 
 def test_undo_goes_past_equal_answers(folder, monkeypatch):

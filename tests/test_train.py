@@ -420,6 +420,15 @@ def test_a_run_killed_right_after_its_start_resumes_to_the_same_bits(text, monke
         assert last_weights() == expected
 
 
+def test_a_finished_run_gives_its_folder_back(text):
+    """From Python, where no script ends: asked twice to resume, it returns the summary twice."""
+    summary = pretrain("--max_steps", 2)
+    config = train.config_parser(train.Config, "", "train.py", ["train"]).parse_args(
+        ["--data", "text.txt", *TINY, "--max_steps", "2", "--resume"])
+    for _ in range(2):
+        assert train.train(train.Config(**vars(config))) == summary
+
+
 def test_a_finished_run_with_a_constant_rate_can_be_made_longer(text, capsys):
     """6 steps and then 6 more are the bits of 12 at once; shorter, or with a schedule that has an end, is refused."""
     flags = ["--schedule", "constant", "--eval_every", 3, "--drop_rate", 0.1, "--warmup_steps", 2]
