@@ -132,12 +132,12 @@ class TryAgain(OSError):
 
 
 def note(message):
-    """Return None; print one line of progress or warning to stderr."""
+    """Print one line of progress or warning to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def sweep(folder, pattern):
-    """Return None; remove temporaries that a killed process left in `folder` more than a day ago."""
+    """Remove temporaries that a killed process left in `folder` more than a day ago."""
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):  # gone already, or somebody else's
             if time.time() - path.stat().st_mtime > 86400:
@@ -224,7 +224,7 @@ def check_sum(path, sha256):
 
 
 def download_any(name, path, sha256):
-    """Return None once `path` holds the dataset, from the first of its addresses that delivers; else OSError."""
+    """Fill `path` with a dataset from the first of its addresses that delivers; raises OSError where none does."""
     problems = []
     for url in DATASETS[name].urls:
         try:
@@ -238,7 +238,7 @@ def download_any(name, path, sha256):
 
 
 def download(url, path, sha256="", max_bytes=MAX_BYTES, deadline=600.0):
-    """Return None once `path` holds the body of `url`; until then nothing stands under that name.
+    """Write the body of `url` to `path`; until it is whole, nothing stands under that name.
 
     Tries again after a pause when the connection fails, is cut, or the server is busy, within `deadline` seconds in
     all. Raises OSError for a refusal, ValueError for a body that is not the one with this `sha256`."""
@@ -257,7 +257,7 @@ def download(url, path, sha256="", max_bytes=MAX_BYTES, deadline=600.0):
 
 
 def receive(url, path, sha256, max_bytes, end):
-    """Return None once one request has filled `path`; raises as `download` does, TryAgain where that may help."""
+    """Fill `path` by one request; raises as `download` does, TryAgain where that may help."""
     import requests  # here, because it costs every start 0.1 s
 
     left = max(end - time.monotonic(), 0.1)
@@ -311,7 +311,7 @@ def copy_body(response, file, max_bytes, end):
 
 
 def extract_member(archive, member, path, sha256):
-    """Return None once `path` holds the one file `member` of a zip; nothing else in the zip is touched."""
+    """Write the one file `member` of a zip, and nothing else in it, to `path`; raises ValueError for a wrong one."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             found = [info for info in zipped.infolist() if info.filename == member]
@@ -428,6 +428,9 @@ def documents_of(source, size=PIECE):
     if not paths:
         raise ValueError(f"{root} holds no {', '.join(SUFFIXES)} file")
     for path in paths:
+        if path.suffix in (".csv", ".tsv", ".json"):
+            raise ValueError(f"{path} holds records, not text to learn to write; put their text into a .jsonl file, a "
+                             'line {"text": ...} each, or into a .txt file')
         if ".jsonl" in path.suffixes:
             yield from ((text_field(entry, "text", where),) for where, entry in records(path))
         else:
@@ -558,7 +561,7 @@ def divide(content, survey):
 
 
 def write_tokens(path, items, tokenizer, joined, made):
-    """Return None once `path` holds the tokens of (part, number, piece) items, and the .json beside it the counts."""
+    """Write the tokens of (part, number, piece) items to `path`, and the counts to the .json beside it."""
     wide = tokenizer.vocab_size > 1 << 16
     count, digest, shown = Counter(), hashlib.sha256(), time.monotonic()
     with atomic(path) as file:
@@ -598,7 +601,7 @@ def encoded(items, tokenizer):
 
 
 def add_tokens(file, digest, ids, vocab_size, wide):
-    """Return None; append ids to a token file and to its sum. An id outside the vocabulary is a ValueError."""
+    """Append ids to a token file and to its sum; raises ValueError for an id outside the vocabulary."""
     fast = isinstance(ids, array.array) and ids.itemsize == 4 and len(ids)  # no Python number of a token is made
     if fast:
         low, high = torch.frombuffer(ids, dtype=torch.int32).aminmax()
@@ -930,6 +933,13 @@ def format_prompt(entry, template):
     return before + instruction + (between + entry["input"] if entry.get("input") else "") + after
 
 
+def prompt_of(entry):
+    """Return the raw text of an example's question: its instruction and, on a second line, indented, its input.
+
+    That is what `plain` makes of both, so a prompt given as one text reaches the model as the same tokens."""
+    return entry["instruction"] + (TEMPLATES["plain"][1] + entry["input"] if entry.get("input") else "")
+
+
 def format_response(response, template):
     """Return a response as it follows a template's prompt. Encode the two apart: no token spans their border."""
     if template not in TEMPLATES:
@@ -991,9 +1001,9 @@ def split_of(*key):
     return "train" if place < 80 else "val" if place < 85 else "test"
 
 
-def _table(text, separator=":"):
+def _table(text):
     """{first: (second, ...)} of the words `first:second:...` of a compact string; `_` stands for a space."""
-    rows = [word.replace("_", " ").split(separator) for word in text.split()]
+    rows = [word.replace("_", " ").split(":") for word in text.split()]
     return {row[0]: tuple(row[1:]) for row in rows}
 
 
@@ -1839,13 +1849,6 @@ def _preference(rng, kind, split):
 # Scoring.
 
 
-def prompt_of(entry):
-    """The raw text of an example's question: its instruction and, on a second line, indented, its input.
-
-    That is what `plain` makes of both, so a prompt given as one text reaches the model as the same tokens."""
-    return entry["instruction"] + (TEMPLATES["plain"][1] + entry["input"] if entry.get("input") else "")
-
-
 def strip_manner(response):
     """The response without the phrases of its manner; what no template of MANNERS made comes back unchanged."""
     for before, after in (frame for frames in MANNERS.values() for frame in frames):
@@ -1934,6 +1937,8 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
                          f"it has no {view!r} with {split!r}")
     if not kinds or not set(kinds) <= set(TINYWORLD_KINDS):
         raise ValueError(f"kinds of question are {', '.join(TINYWORLD_KINDS)}, not {', '.join(kinds) or 'none'}")
+    if n is not None and n < 0:
+        raise ValueError(f"tinyworld gives 0 items or more, not {n}")
     n = VIEWS[view][("train", "val", "test").index(split)] if n is None else n
     rng = random.Random(zlib.crc32(f"{view} {split} {seed}".encode()))
     if view == "corpus":
@@ -1955,7 +1960,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
 
 
@@ -2062,7 +2067,7 @@ def show_command(args):
 
 
 def show_items(items, samples):
-    """Return None; print how many items there are, what they hold by label, and the first few."""
+    """Print how many items there are, what they hold by label, and the first few."""
     count, labels, first = Counter(), Counter(), []
     for item in items:
         fields = {"text": item} if isinstance(item, str) else item if isinstance(item, dict) else dict(

@@ -681,13 +681,19 @@ def percent(share, bounds):
     return f"{share:.2%} (95%: {100 * bounds[0]:.2f} to {100 * bounds[1]:.2f})"
 
 
+def lead(summary):
+    """Return how far the model is ahead of naive Bayes, in words."""
+    mean, (low, high) = 100 * summary["ahead_of_naive_bayes"], summary["ahead_interval"]
+    return f"ahead of naive Bayes by {mean:.2f} points (95%: {100 * low:.2f} to {100 * high:.2f})"
+
+
 def print_result(summary):
     """Print the test's figures beside those of the baselines."""
     print(f"test accuracy {percent(summary['test_accuracy'], summary['test_accuracy_interval'])}, "
           f"F1 {summary['test_f1']:.4f}, calibration error {summary['test_calibration_error']:.4f}")
     print(f"naive Bayes {summary['naive_bayes_accuracy']:.2%}, F1 {summary['naive_bayes_f1']:.4f}; most frequent class "
           f"{summary['majority_accuracy']:.2%}")
-    print(f"ahead of naive Bayes by {percent(summary['ahead_of_naive_bayes'], summary['ahead_interval'])}")
+    print(lead(summary))
 
 
 MEANS = ("test_accuracy", "test_f1", "test_loss", "test_calibration_error", "val_loss", "naive_bayes_accuracy",
@@ -720,8 +726,7 @@ def train_seeds(config):
     print(f"\n{config.seeds} seeds, mean (standard deviation)")
     for key in MEANS[:-1]:
         print(f"{key.replace('_', ' '):<24}{summary[key + '_mean']:.4f} ({summary[key + '_std']:.4f})")
-    print(f"ahead of naive Bayes by {percent(summary['ahead_of_naive_bayes'], summary['ahead_interval'])}; "
-          f"{summary['seconds']:.0f} s; {folder}/summary.json")
+    print(f"{lead(summary)}; {summary['seconds']:.0f} s; {folder}/summary.json")
     return summary
 
 
@@ -767,16 +772,23 @@ def classify_text(text, model, tokenizer, device=None):
 
 
 def input_lines(source):
-    """Yield the lines of a file, or of stdin for "", without their ends; bytes that are no UTF-8 become U+FFFD."""
+    """Yield the lines of a file, or of stdin for "", without their ends; bytes that are no UTF-8 become U+FFFD, and
+    these and empty lines are told of at the end."""
     if not source and sys.stdin is None:
         raise ValueError("stdin is closed; give messages as words, or a file by --file")
     with open(source, "rb") if source else contextlib.nullcontext(sys.stdin.buffer) as file:
         if not source and sys.stdin.isatty():
             print("a message a line, please; Ctrl-D ends", file=sys.stderr)
+        empty = odd = 0
         for number, line in enumerate(file, 1):
             if b"\0" in line:
                 raise ValueError(f"{source or 'stdin'}, line {number}: a zero byte, so this is no UTF-8 text")
-            yield line.decode("utf-8", "replace").rstrip("\r\n")
+            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            empty, odd = empty + (not text.strip()), odd + ("\ufffd" in text and "\ufffd".encode() not in line)
+            yield text
+    for count, what in ((empty, "empty"), (odd, "no UTF-8, what cannot be read is U+FFFD")):
+        if count:
+            print(f"note: {count:,} of {number:,} lines {'is' if count == 1 else 'are'} {what}", file=sys.stderr)
 
 
 def classify(config):
@@ -805,7 +817,7 @@ def classify(config):
         total, cut = total + len(texts), cut + sum(was_cut)
         sys.stdout.flush()
     note = f", {cut:,} of them cut to {model.config.context_length} tokens" if cut else ""
-    print(f"{total:,} messages{note}", file=sys.stderr)
+    print(f"{total:,} message{'s' * (total != 1)}{note}", file=sys.stderr)
 
 
 def evaluate(config):

@@ -671,12 +671,13 @@ def ask_judge(judge, prompt, model="llama3", seed=123, context=8192, timeout=120
 class Judge:
     """A judge whose replies are kept in a file, so that no question is paid for twice.
 
-    `score` and `prefer` ask a second time, with another seed, where the first reply cannot be read; None is missing."""
+    `score` and `prefer` ask a second time, with another seed, where the first reply cannot be read; None is missing,
+    and `unread` shows the first such reply."""
 
     def __init__(self, judge, model="llama3", cache=None, context=8192, timeout=120.0):
         self.ask = functools.partial(ask_judge, judge, model=model, context=context, timeout=timeout)
         self.name = f"{judge_address(judge)[0]} {model}"
-        self.path, self.replies = cache and Path(cache), {}
+        self.path, self.replies, self.unread = cache and Path(cache), {}, ""
         for row in finished_lines(self.path) if self.path else ():
             self.replies[row["key"]] = row["reply"]
 
@@ -693,8 +694,12 @@ class Judge:
 
     def read(self, prompt, reader):
         """Return what `reader` makes of the reply, or of a second one."""
-        replies = (reader(self.reply(prompt, seed)) for seed in (123, 124))
-        return next((value for value in replies if value is not None), None)
+        for seed in (123, 124):
+            reply = self.reply(prompt, seed)
+            if (value := reader(reply)) is not None:
+                return value
+            self.unread = self.unread or reply
+        return None
 
     def score(self, entry, response):
         """Return the grade of a response, 0 to 100, or None."""
@@ -712,14 +717,15 @@ class Judge:
         return {("A", "B"): 1, ("B", "A"): 2}.get(tuple(asked), 0)
 
 
-def mean_with_bounds(values, low, high):
+def mean_with_bounds(values, low, high, unread=""):
     """Return a dict of the mean over readable values, its interval, how many are missing, and the mean if all missing
-    ones were `low` or `high`; raises ValueError where too many are missing."""
+    ones were `low` or `high`; raises ValueError, with a reply that was `unread`, where too many are missing."""
     read = [value for value in values if value is not None]
     missing = len(values) - len(read)
     if missing > MAX_MISSING * len(values):
-        raise ValueError(f"{missing} of the judge's {len(values)} replies could not be read or were cut; try another "
-                         "--judge_model or a larger --judge_context")
+        shown = f", such as {' '.join(unread.split())[:80]!r} where one word was asked for" if unread else ""
+        raise ValueError(f"{missing} of the judge's {len(values)} replies could not be read or were cut{shown}; try "
+                         "another --judge_model or a larger --judge_context")
     total = sum(read)
     return {"mean": total / len(read), "interval": bootstrap(read), "missing": missing,
             "bounds": ((total + missing * low) / len(values), (total + missing * high) / len(values))}
@@ -1068,13 +1074,15 @@ def print_judged(judge, config, names, rows):
     if config.judge_mode == "rubric":
         results = {}
         for name, part in zip(names, rows):
-            results[name] = mean_with_bounds([judge.score(row, row["response"]) for row in part], 0, 100)
+            results[name] = mean_with_bounds([judge.score(row, row["response"]) for row in part], 0, 100,
+                                             judge.unread)
             print_bounds(f"judge's grade of {name}", results[name], 1, "")
         return results
     if len(rows) < 2:
         raise argparse.ArgumentError(None, "--judge_mode pairwise needs a second model: --against")
     choices = [judge.prefer(ours, ours["response"], theirs["response"]) for ours, theirs in zip(*rows)]
-    wins = mean_with_bounds([None if choice is None else {1: 1.0, 2: 0.0, 0: 0.5}[choice] for choice in choices], 0, 1)
+    shares = [None if choice is None else {1: 1.0, 2: 0.0, 0: 0.5}[choice] for choice in choices]
+    wins = mean_with_bounds(shares, 0, 1, judge.unread)
     print_bounds(f"{names[0]} wins against {names[1]}", wins, 100, "%")
     return wins
 

@@ -18,9 +18,9 @@ mark further documents packed into the same row.
 Three layers are written twice: `forward` calls PyTorch's fused kernel, `by_steps` spells out what it computes. The
 tests hold the two equal; read `by_steps` first.
 
-Differs from OpenAI's code: tensor names, and nothing is computed for positions whose logits nobody reads. Sources:
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2); Vaswani et al. 2017, "Attention Is
-All You Need", equation 1 and section 3.2.2.
+Differs from OpenAI's code: tensor names, the spread of new position embeddings, and nothing is computed for positions
+whose logits nobody reads. Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
+Vaswani et al. 2017, "Attention Is All You Need", equation 1 and section 3.2.2.
 """
 
 import argparse
@@ -46,22 +46,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IGNORE = -100  # a target that no loss counts, PyTorch's own default
-
-
-def keep_freed_memory():
-    """Return None; on glibc, tell malloc to keep freed blocks for reuse instead of handing each back to the kernel.
-
-    A training step frees and claims the same large tensors over and over, and every page handed back costs a fault
-    when it is claimed again: with this a step of GPT-2 on 256 tokens takes 0.9 of the time, and 0.85 where the kernel
-    gives large pages too (THP_MEM_ALLOC_ENABLE=1; medians of three). GPT_MALLOC=0 leaves the allocator alone."""
-    if sys.platform.startswith("linux") and os.environ.get("GPT_MALLOC") != "0":
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap, not from mmap
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB of free heap
-
-
-keep_freed_memory()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
@@ -243,8 +227,8 @@ class TransformerBlock(nn.Module):
 class KVCache:
     """The keys and values of the positions seen so far, in memory claimed once.
 
-    `length` positions are filled; `append` and `extend_mask` are called by the model alone. Half of the bytes that
-    `gpt.py info` gives a token are keys, half values."""
+    `length` positions are filled. Only attention layers call `append`, and only `GPTModel.hidden` calls `extend_mask`.
+    Half of the bytes that `gpt.py info` gives a token are keys, half values."""
 
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
         shape = (config.n_layers, 2, batch_size, config.n_heads, max_length, config.emb_dim // config.n_heads)
@@ -310,7 +294,7 @@ class GPTModel(nn.Module):
         self.tie()
 
     def initialise(self):
-        """Draw the weights as GPT-2 does: N(0, 0.02), biases 0.
+        """Draw the weights from N(0, 0.02), biases 0, as OpenAI's model.py does except for positions (0.01 there).
 
         Every block adds two branches to the residual stream; their last matrices are drawn smaller by
         1/sqrt(2 n_layers), so that its spread at the top does not grow with depth (GPT-2, section 2.3)."""
@@ -380,7 +364,7 @@ def attention_maps(model, ids):
 def token_logprobs(logits, ids, temperature=1.0):
     """Return the log-probability of each next token: logits (B, T, V), ids (B, T) -> (B, T - 1), in nats.
 
-    Entry t scores `ids[:, t + 1]`. This is the one place where logits and the tokens they predict are lined up."""
+    Entry t scores `ids[:, t + 1]`, which the logits of position t predict; those of the last position go unused."""
     logprobs = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
     return logprobs.gather(2, ids[:, 1:, None]).squeeze(2)
 
@@ -390,7 +374,7 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 
 def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty):
-    """Return None; raises ValueError for a decoding option outside its range."""
+    """Raise ValueError for a decoding option outside its range."""
     if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits / temperature can overflow
         raise ValueError(f"temperature must be 0 (greedy) or a number from 0.000001 up, not {temperature}")
     if top_k is not None and not 1 <= top_k <= vocab_size:
@@ -406,7 +390,7 @@ def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_pena
 def penalise_repetition(logits, ids, penalty):
     """Return logits (B, V) with every token that `ids` (B, T) holds made less likely (Keskar et al. 2019, CTRL, 4.1).
 
-    Positive logits are divided by the penalty, negative ones multiplied, so that both go down."""
+    CTRL divides all of them by the penalty, which lifts negative logits; these are multiplied, as Hugging Face does."""
     seen = logits.gather(1, ids)
     return logits.scatter(1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
@@ -448,7 +432,8 @@ class RecordedStep:
     On an NVIDIA GPU it is recorded as a CUDA graph and replayed, one launch instead of a hundred and more; elsewhere
     it runs as it is. A graph keeps its shapes and addresses: so each step attends to the whole cache, where positions
     not filled yet are hidden, and the place to fill is a tensor. The next step overwrites the logits. `cache` holds
-    the prompt; `mask` (B, T) is 1 for those of its tokens that count."""
+    the prompt and has room for more; `mask` (B, T) is 1 for those of its tokens that count. To the blocks the step
+    itself is the cache: all they call is `append`."""
 
     def __init__(self, model, cache, mask=None):
         B, S = cache.kv.shape[2], cache.kv.shape[4]
@@ -501,31 +486,39 @@ class RecordedStep:
         return self.logits
 
 
+def check_prompts(model, ids, mask, max_new_tokens, num_samples):
+    """Raise ValueError unless `generate` can continue the prompts `ids` (B, T) with this `mask`."""
+    if not torch.is_tensor(ids) or ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError("prompts are token ids in a tensor (B, T) of int64; for one prompt: torch.tensor([ids])")
+    if ids.device != model.device:
+        raise ValueError(f"the prompts are on {ids.device}, the model is on {model.device}: ids.to(model.device)")
+    if ids.shape[1] == 0 or max_new_tokens < 0 or num_samples < 1:
+        raise ValueError("the prompt is empty" if ids.shape[1] == 0 else f"max_new_tokens must be at least 0 and "
+                         f"num_samples at least 1, not {max_new_tokens} and {num_samples}")
+    if not (0 <= int(ids.min()) and int(ids.max()) < model.config.vocab_size):
+        raise ValueError(f"the prompts hold the ids {int(ids.min())} to {int(ids.max())}; the model knows 0 to "
+                         f"{model.config.vocab_size - 1}")
+    if mask is not None and (mask.shape != ids.shape or not bool((mask[:, -1] == 1).all())):
+        raise ValueError("mask has the prompts' shape and 1 in its last column, as prompts are padded on the left")
+
+
 @torch.no_grad()
 def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
                    repetition_penalty=None, eos_id=None, mask=None, stop=None, generator=None, num_samples=1,
                    cuda_graph=False):
     """Yield the next token of every row, (B * num_samples,), step by step; arguments as in `generate`."""
-    config, (B, T) = model.config, ids.shape
+    check_prompts(model, ids, mask, max_new_tokens, num_samples)
+    config, T = model.config, ids.shape[1]
     check_sampling(config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
-    if T == 0 or max_new_tokens < 0:
-        raise ValueError("the prompt is empty" if T == 0 else f"max_new_tokens must be at least 0: {max_new_tokens}")
     mask = None if mask is None or bool((mask == 1).all()) else mask.long()  # bool masks are welcome too
     was_training = model.training
     model.eval()
     try:
-        cache = None
-        if T <= config.context_length:  # prefill: the whole prompt at once, and only its last position needs logits
-            size = min(config.context_length, T + max_new_tokens)
-            cache = KVCache(config, B, size, ids.device, model.tok_emb.weight.dtype)
-        rows = [] if cache is None or mask is None else _rows_to_share(mask)
-        logits = _prefill_shared(model, ids, mask, cache, rows) if rows else _last_logits(model, ids, mask, cache)
+        logits, cache = _prefill(model, ids, mask, max_new_tokens, num_samples)
         ids = ids.repeat_interleave(num_samples, dim=0)
         mask = None if mask is None else mask.repeat_interleave(num_samples, dim=0)
-        logits = logits.repeat_interleave(num_samples, dim=0)
-        if cache is not None and num_samples > 1:
-            cache.repeat(num_samples)
-        recorded = RecordedStep(model, cache, mask) if cuda_graph and cache is not None and max_new_tokens > 1 else None
+        room = cache is not None and cache.length < config.context_length
+        recorded = RecordedStep(model, cache, mask) if cuda_graph and room and max_new_tokens > 1 else None
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for step in range(max_new_tokens):
             if repetition_penalty not in (None, 1):
@@ -547,6 +540,21 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
             logits = recorded(next_ids) if recorded else _last_logits(model, ids, mask, cache)
     finally:
         model.train(was_training)
+
+
+def _prefill(model, ids, mask, max_new_tokens, num_samples):
+    """Return (logits behind the prompts (B * num_samples, V), cache), all of a prompt in one pass over the model.
+
+    The cache has room for the new tokens too, up to the context; it is None where the prompts exceed that."""
+    (B, T), context = ids.shape, model.config.context_length
+    if T > context:
+        return _last_logits(model, ids, mask, None).repeat_interleave(num_samples, dim=0), None
+    cache = KVCache(model.config, B, min(context, T + max_new_tokens), ids.device, model.tok_emb.weight.dtype)
+    rows = [] if mask is None else _rows_to_share(mask)
+    logits = _prefill_shared(model, ids, mask, cache, rows) if rows else _last_logits(model, ids, mask, cache)
+    if num_samples > 1:
+        cache.repeat(num_samples)
+    return logits.repeat_interleave(num_samples, dim=0), cache
 
 
 def _last_logits(model, ids, mask, cache):
@@ -606,8 +614,8 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     `stop(new_ids: list) -> bool` says so; behind its end it holds `eos_id` (its last token, where there is none), and
     n shrinks when all rows have ended. `num_samples` continuations of a prompt stand side by side and share one
     prefill. Text longer than the context goes on with the last window. `cuda_graph` replays one recorded step where
-    the model is on an NVIDIA GPU (`RecordedStep`). Raises ValueError for an empty prompt or an option outside its
-    range.
+    the model is on an NVIDIA GPU (`RecordedStep`). Raises ValueError for an empty prompt, padding on the right,
+    ids that the model does not know, or an option outside its range.
 
     Example: generate(model, torch.tensor([[5, 6]]), 3, temperature=0).shape == (1, 5)"""
     steps = generate_steps(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id,
@@ -643,6 +651,21 @@ def stream_text(decode, new_ids, stop_strings=()):
             sent = len(text) - waiting
     yield text[sent:]
 
+
+def keep_freed_memory():
+    """On glibc, tell malloc to keep freed blocks for reuse instead of handing each back to the kernel.
+
+    A training step frees and claims the same large tensors over and over, and every page handed back costs a fault
+    when it is claimed again: with this a step of GPT-2 on 256 tokens takes 0.9 of the time, and 0.85 where the kernel
+    gives large pages too (THP_MEM_ALLOC_ENABLE=1; medians of three). GPT_MALLOC=0 leaves the allocator alone."""
+    if sys.platform.startswith("linux") and os.environ.get("GPT_MALLOC") != "0":
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap, not from mmap
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB of free heap
+
+
+keep_freed_memory()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: safetensors by hand, and the checkpoint made of it
@@ -813,14 +836,21 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def verify_data(path, metadata):
-    """Return None; raises ValueError where the data of a file that we wrote differs from the hash in its header."""
+def file_sha256(path, start=0):
+    """Return the sha256 of a file from byte `start` on, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
-    if (metadata.get("data_sha256") != digest.hexdigest()
+    return digest.hexdigest()
+
+
+def verify_data(path, metadata):
+    """Raise ValueError unless data and metadata of a file that we wrote have the hashes that its header names."""
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    if (metadata.get("data_sha256") != file_sha256(path, start)
             or metadata.get("metadata_sha256") != _metadata_sha256(metadata)):
         raise ValueError(f"{path}: the data is damaged, its sha256 is not the one in the header; restore a copy or "
                          "train again")
@@ -830,7 +860,8 @@ def save_checkpoint(path, model, tokenizer=None, **made):
     """Return the sha256 of the data after writing model, config and tokenizer to one safetensors file.
 
     `made` says how the model came about (any JSON values); its `kind` is "gpt" unless given. A tied head is not stored
-    twice."""
+    twice. A model from torch.compile is stored as what was compiled."""
+    model = getattr(model, "_orig_mod", model)
     tensors = dict(model.state_dict())
     if model.config.tie_weights and tensors["out_head.weight"].data_ptr() == tensors["tok_emb.weight"].data_ptr():
         del tensors["out_head.weight"]
@@ -900,7 +931,7 @@ def empty_model(config, head_weight=None, head_bias=False):
 
 @torch.no_grad()
 def copy_weights(model, tensors, source):
-    """Return None after copying named tensors into `model`; nothing is copied unless all names and shapes fit.
+    """Copy named tensors into `model`; nothing is copied unless all names and shapes fit.
 
     A tied head may be absent. Raises ValueError with `source` and the first tensor that is missing, left over, of
     another shape, or not finite."""
@@ -933,7 +964,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
 
 
@@ -1048,8 +1079,8 @@ def pick_device(name):
 
 
 def check_utf8(*words):
-    """Return None; raises ArgumentError for a word of the command line that is not UTF-8: its odd bytes became
-    surrogates, which no tokenizer knows."""
+    """Raise ArgumentError for a word of the command line that is not UTF-8: its odd bytes became surrogates, which no
+    tokenizer knows."""
     for word in words:
         if any("\ud800" <= c <= "\udfff" for c in word):
             raise argparse.ArgumentError(None, f"{ascii(word)[:60]} is not UTF-8; type it in a UTF-8 terminal")

@@ -33,7 +33,6 @@ import difflib
 import errno
 import functools
 import glob
-import hashlib
 import json
 import math
 import os
@@ -53,7 +52,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import (GPT_CONFIGS, GPTConfig, copy_weights, empty_model, generate, load_checkpoint, meta_model,
+from gpt import (GPT_CONFIGS, GPTConfig, copy_weights, empty_model, file_sha256, generate, load_checkpoint, meta_model,
                  read_safetensors, replacing, save_checkpoint, token_logprobs, write_safetensors)
 
 
@@ -462,7 +461,7 @@ def read_gpt2(path):
 
 
 def crop_context(model, context_length):
-    """Return None; let `model` see `context_length` tokens at most by dropping the position embeddings beyond."""
+    """Let `model` see `context_length` tokens at most by dropping the position embeddings beyond."""
     if not 1 <= context_length <= model.config.context_length:
         raise ValueError(f"context_length must lie between 1 and the weights' {model.config.context_length}, not "
                          f"{context_length}")
@@ -504,15 +503,6 @@ class TryAgain(OSError):
     """A download that failed in a way that may pass."""
 
 
-def file_sha256(path):
-    """Return the sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def take_over(path, part):
     """Return the ETag of what an earlier run left of `path`, which is named `part` from now on, or None.
 
@@ -528,7 +518,7 @@ def take_over(path, part):
 
 
 def leave(path, part, etag):
-    """Return None; keep the unfinished `part` for a later run under its ETag, or remove it where there is none."""
+    """Keep the unfinished `part` for a later run under its ETag, or remove it where there is none."""
     if not part.exists():
         return
     if etag and part.stat().st_size:
@@ -549,7 +539,7 @@ def progress(name, size, total, started, last):
 
 
 def copy_body(reply, file, have, total, name):
-    """Return None after writing the body of `reply` behind the `have` bytes of `file`; `name` is for the progress.
+    """Write the body of `reply` behind the `have` bytes of `file`; `name` is for the progress.
 
     Raises TryAgain where it is cut, OSError where it comes too slowly, ValueError where it is too long."""
     from requests.packages.urllib3.exceptions import HTTPError
@@ -584,7 +574,7 @@ def start_over(part, facts, reason):
 
 
 def receive(url, part, facts):
-    """Return None once one request has completed `part`; `facts` (see `download`) learn from the reply."""
+    """Complete `part` by one request; `facts` (see `download`) learn from the reply."""
     import requests
 
     have = part.stat().st_size if part.exists() and facts["etag"] else 0
@@ -696,7 +686,7 @@ def locate_gpt2(source):
 
 
 def verify_gpt2(folder, name):
-    """Return None; raises ValueError where model.safetensors has not the sha256 known here or noted at its download."""
+    """Raise ValueError where model.safetensors has not the sha256 known here or noted at its download."""
     path, noted = folder / "model.safetensors", folder / "model.safetensors.sha256"
     wanted = PUBLISHED[name].sha256 or (noted.read_text(encoding="utf-8").split()[0] if noted.is_file() else "")
     if wanted and path.is_file() and (found := file_sha256(path)) != wanted:
@@ -747,7 +737,7 @@ def download_gpt2(name, mirror=""):
 
 
 def write_json(path, values):
-    """Return None after writing `path` as JSON, all at once."""
+    """Write `values` to `path` as JSON, all at once."""
     with replacing(path) as file:
         file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -788,7 +778,7 @@ def hf_config(config, eot_id):
 
 
 def export_tokenizer(tokenizer, directory, context_length):
-    """Return None after writing vocab.json, merges.txt, tokenizer.json and tokenizer_config.json.
+    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json into `directory`.
 
     Raises ValueError for a tokenizer of words or characters, which has no place in GPT-2's format."""
     if tokenizer.type == "gpt2":
@@ -823,13 +813,17 @@ def export_tokenizer(tokenizer, directory, context_length):
 
 
 def export_gpt2(model, directory, tokenizer=None):
-    """Return None after writing `model` as Hugging Face stores GPT-2: config.json, model.safetensors,
-    generation_config.json and, with a byte-pair `tokenizer`, its files.
+    """Write `model` as Hugging Face stores GPT-2: config.json, model.safetensors, generation_config.json and, with a
+    byte-pair `tokenizer`, its files.
 
     `transformers.AutoModelForCausalLM.from_pretrained(directory)` computes the same logits, and `load_gpt2(directory)`
     returns the same bits. GPT-2 has a query/key/value bias: where the model has none, zeros are written. A head of its
     own is written as lm_head.weight with tie_word_embeddings false."""
     directory = Path(directory)
+    if isinstance(tokenizer, dict):  # as `load_checkpoint` returns it
+        from tokenizer import from_dict
+
+        tokenizer = from_dict(tokenizer)
     eot_id = tokenizer.eot_id if tokenizer is not None else None
     if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
@@ -852,7 +846,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
 
 

@@ -45,6 +45,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ PREFIX = "base_model.model."  # in front of every name in PEFT's files
 
 
 def check_options(rank, alpha, dropout, layers):
-    """Return None; raises ValueError for an option outside its range, `layers` being {name: nn.Linear}."""
+    """Raise ValueError for an option outside its range, `layers` being {name: nn.Linear}."""
     if not 0 < alpha < math.inf:
         raise ValueError(f"LoRA's alpha must be a positive number, not {alpha}")
     if not 0 <= dropout < 1:
@@ -80,6 +81,11 @@ def check_options(rank, alpha, dropout, layers):
         if type(rank) is not int or not 1 <= rank <= smaller:
             raise ValueError(f"LoRA's rank must be a whole number from 1 to {smaller}, the smaller side of {name}, "
                              f"not {rank}")
+
+
+def take_hooks(new, old):
+    """Let the module `new` run the hooks that stand on `old`, whose handles go on to remove them."""
+    vars(new).update((key, value) for key, value in vars(old).items() if "_hooks" in key or "full_backward_hook" in key)
 
 
 class LoRALinear(nn.Linear):
@@ -103,6 +109,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1/sqrt(in), what nn.Linear's weight gets
         self.alpha, self.dropout, self.rslora = alpha, dropout, rslora
         self.enabled = True
+        take_hooks(self, linear)
         self.train(linear.training)
 
     @property
@@ -150,8 +157,10 @@ def linears(model):
     """Return {name: layer} of the layers that can carry an adapter, those with one included.
 
     Subclasses of nn.Linear are left out, but for those that say `takes_adapters`: whoever writes one may read its
-    weight without calling it, as nn.MultiheadAttention does with its output layer, and an adapter would never run."""
-    return {name: module for name, module in model.named_modules() if module is not model
+    weight without calling it, as nn.MultiheadAttention does with its output layer, and an adapter would never run. So
+    are layers whose weight is computed from others, as under spectral_norm."""
+    return {name: module for name, module in model.named_modules()
+            if module is not model and "weight" in module._parameters
             and (type(module) in (nn.Linear, LoRALinear) or getattr(type(module), "takes_adapters", False))}
 
 
@@ -207,7 +216,7 @@ def choose(model, targets):
 
 
 def replace(model, new):
-    """Return None after putting `new[layer]` in the place of each layer, wherever the model uses it."""
+    """Put `new[layer]` in the place of each layer, wherever the model uses it."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children would skip the second use of a layer
             if child in new:
@@ -220,11 +229,12 @@ def plain(layer, weight):
     """Return a linear layer, as `layer` was before it got an adapter, with the given weight and the bias of `layer`."""
     linear = layer.kind(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = weight, layer.bias
+    take_hooks(linear, layer)
     return linear.train(layer.training)
 
 
 def make_merge_final(model):
-    """Return None; merged weights are the base from here on, and what they were before is released."""
+    """Take merged weights as the base from here on, and release what they were before."""
     for layer in merged_layers(model):
         del layer.unmerged
 
@@ -264,7 +274,7 @@ def lora_disabled(model):
 
 
 def set_tied(model, tied):
-    """Return None after noting in the config of a model from gpt.py whether its head is tied."""
+    """Note in the config of a model from gpt.py whether its head is tied."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if dataclasses.is_dataclass(config) and hasattr(config, "tie_weights"):
@@ -356,7 +366,7 @@ def base_fingerprint(model, trained=()):
 
 
 def write_bytes(path, data):
-    """Return None after writing a file all at once or not at all."""
+    """Write a file all at once or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -508,7 +518,7 @@ def wanted_shapes(model, config, tensors):
 
 
 def check_fit(model, directory, config, tensors):
-    """Return None; raises ValueError with the first five tensors that are missing, unknown or of another shape."""
+    """Raise ValueError with the first five tensors that are missing, unknown or of another shape, if there are any."""
     shapes = wanted_shapes(model, config, tensors)
     problems = {"not in the model": [name for name in tensors if name not in shapes],
                 "missing": [name for name in shapes if name not in tensors],
@@ -521,7 +531,7 @@ def check_fit(model, directory, config, tensors):
 
 
 def check_base(model, directory, tensors, metadata):
-    """Return None; raises ValueError where the adapter says that it was trained on another base."""
+    """Raise ValueError where the adapter says that it was trained on another base; note where it does not say which."""
     if "base_sha256" not in metadata:
         print(f"note: {directory} does not say which base it belongs to (PEFT's files never do); make sure that it is "
               "this one", file=sys.stderr)
@@ -573,7 +583,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
 
 
@@ -673,13 +683,20 @@ def load_adapted(checkpoint, adapter):
 
 
 def fine_tune(task, out_dir, flags):
-    """Return the exit status of one fine-tuning run, in a process of its own."""
+    """Return the exit status of one fine-tuning run, in a process of its own, which a signal to this one stops too."""
     script = TASKS[task][0]
     path = Path(__file__).with_name(script)
     if not path.is_file():
         raise FileNotFoundError(f"compare runs {script}, which is not beside {Path(__file__).name}")
     command = [sys.executable, str(path), "--out_dir", str(out_dir), *flags]
-    return subprocess.run(command, stdout=2).returncode  # its report goes to stderr: stdout is for the table
+    with subprocess.Popen(command, stdout=2) as child:  # its report goes to stderr: stdout is for the table
+        before = {number: signal.signal(number, lambda *_: child.terminate())  # it saves first, and then ends
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def row_of(task, out_dir):
@@ -700,7 +717,7 @@ def row_of(task, out_dir):
 
 def full_row(args):
     """Return the row of the run that --full names; raises ValueError for a run of another kind or with adapters."""
-    folder, (script, score) = Path(args.full), TASKS[args.task]
+    folder, script = Path(args.full), TASKS[args.task][0]
     row = row_of(args.task, folder)
     if row["score"] is None or (folder / "adapter" / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} is no run of {script} with all weights, which is what --full needs")
@@ -708,7 +725,7 @@ def full_row(args):
 
 
 def print_table(rows, score_name):
-    """Return None after printing the runs {name: row} side by side; a number that a run did not report is a dash."""
+    """Print the runs {name: row} side by side; a number that a run did not report is a dash."""
     columns = (("trainable_parameters", "trainable", 1, ",.0f"), ("optimizer_bytes", "optimizer MB", 2**20, ",.1f"),
                ("peak_memory_bytes", "peak MB", 2**20, ",.0f"), ("step_seconds", "step ms", 1e-3, ",.1f"),
                ("file_bytes", "file MB", 2**20, ",.2f"), ("score", score_name, 1, ".4f"))

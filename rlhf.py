@@ -1553,7 +1553,8 @@ def judged_wins(judge, prompts, ours, theirs):
     """Return (share of wins by a judge that is asked in both orders, half of its interval); a tie is half a win."""
     choices = [judge.prefer({"instruction": prompt.text, "reference": prompt.reference}, a, b)
                for prompt, a, b in zip(prompts, ours, theirs)]
-    result = mean_with_bounds([{None: None, 0: 0.5, 1: 1.0, 2: 0.0}[choice] for choice in choices], 0, 1)
+    shares = [{None: None, 0: 0.5, 1: 1.0, 2: 0.0}[choice] for choice in choices]
+    result = mean_with_bounds(shares, 0, 1, judge.unread)
     if result["missing"]:
         print("{missing} of the judge's replies are missing: lost or won, they would make it {bounds[0]:.1%} or "
               "{bounds[1]:.1%}".format(**result), file=sys.stderr)

@@ -644,9 +644,7 @@ class GPT2Tokenizer(Tokenizer):
         """Return the ids of plain `text` as an array of unsigned 32-bit integers."""
         return encode_fast(self.fast, clean(text))
 
-    def join(self, pieces):
-        """Return the bytes as text; those that are not UTF-8, as of half a character, become U+FFFD."""
-        return b"".join(pieces).decode("utf-8", "replace")
+    join = BPETokenizer.join
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -971,7 +969,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if "unrecognized" in message else []
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []
         self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
 
 

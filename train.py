@@ -1022,7 +1022,10 @@ class Run:
                  "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
                  "progress": {**{key: getattr(self, key) for key in progress}, "seconds": self.elapsed()}}
         with replacing(self.folder / "state.pt") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # over a full disk torch's writer says something else than the disk did
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
             file.flush()
             os.fsync(file.fileno())  # a disk that fails says so here
             if damaged := damage(file.name):

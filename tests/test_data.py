@@ -7,7 +7,6 @@ import hashlib
 import http.server
 import io
 import json
-import math
 import os
 import random
 import socket
@@ -802,6 +801,8 @@ BAD_INPUTS = [
     ("messages", "a.tsv", "ham\thi\nspam", "row 2: expected a label and a text, got 'spam'"),
     ("messages", "a.tsv", "ham\thi\n\tyou", "row 2"),
     ("messages", "a.tsv", "", "holds no rows"),
+    ("corpus", "a.csv", "text,label\nA cat.,pet\n", "holds records, not text"),
+    ("corpus", "a.json", '[{"text": "A cat."}]', "holds records, not text"),
     ("messages", "a.tsv", b"ham\thi\0", "byte 6"),
     ("messages", "a.csv", "label,text\nham,hi\nspam", "row 3: 1 columns, expected 2"),
     ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "row 2: unexpected end of data"),

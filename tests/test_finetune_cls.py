@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -446,10 +445,12 @@ def test_messages_from_the_command_line_and_from_stdin(rows, capsys, monkeypatch
     assert cls.main(["classify", "dog bites man", "-- man bites dog"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].endswith("man bites dog") and "%" in lines[0]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"dog\r\n\xff bad\nman" + b"\nmore" * 40)))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"dog\r\n\xff bad\nman" + b"\nmore" * 40 + b"\n\n \n")))
     assert cls.main(["classify", "--batch_size", "8", "--file", "-"]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(found) == 43 and [row["text"] for row in found[:3]] == ["dog", "\ufffd bad", "man"]
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == 45 and [row["text"] for row in found[:3]] == ["dog", "\ufffd bad", "man"]
+    assert "note: 2 of 45 lines are empty\n" in err and "note: 1 of 45 lines is no UTF-8" in err
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in found)
     monkeypatch.setattr("sys.stdin", None)
     assert cls.main(["classify", "--file", "-"]) == 1 and "error: stdin is closed" in capsys.readouterr().err

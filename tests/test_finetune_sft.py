@@ -676,8 +676,8 @@ def test_a_judge_counts_what_is_missing_and_bounds_it(server, tmp_path):
     assert server.seen[2][1]["options"]["seed"] != server.seen[3][1]["options"]["seed"]
     result = sft.mean_with_bounds(values, 0, 100)
     assert result["mean"] == 70 and result["missing"] == 1 and result["bounds"] == pytest.approx((140 / 3, 80))
-    with pytest.raises(ValueError, match="2 of the judge's 3"):
-        sft.mean_with_bounds([None, None, 3], 0, 100)
+    with pytest.raises(ValueError, match="2 of the judge's 3 .*'perhaps 70'"):
+        sft.mean_with_bounds([None, None, 3], 0, 100, judge.unread)
     again = sft.Judge(server.url, "m", tmp_path / "judge.jsonl")
     assert [again.score(entry, word) for word in grades] == values and len(server.seen) == 4  # all from the file
 

@@ -359,6 +359,18 @@ def test_options_outside_their_range_are_refused():
         generate(small_model(), ids[:, :0], 2)
 
 
+@pytest.mark.parametrize("wrong, said", [
+    (dict(ids=torch.tensor([1, 2])), "int64"), (dict(ids=[[1, 2]]), "int64"), (dict(ids=torch.ones(1, 2)), "int64"),
+    (dict(ids=torch.tensor([[1, 50]])), "1 to 50; the model knows 0 to 49"), (dict(ids=torch.tensor([[-1]])), "-1 to -1"),
+    (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padded on the left"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
+    (dict(mask=torch.tensor([[1, 1], [0, 0]])), "padded on the left"), (dict(num_samples=0), "num_samples at least 1"),
+    (dict(max_new_tokens=-1), "max_new_tokens must be at least 0")])
+def test_prompts_that_cannot_be_continued_are_refused(wrong, said):
+    """Padding on the right, whose logits would be those behind the padding, and what would fail deep inside."""
+    with pytest.raises(ValueError, match=said):
+        generate(small_model(), **{"ids": torch.tensor([[1, 2], [3, 4]]), "max_new_tokens": 2, **wrong})
+
+
 # --- generation: every path gives the tokens of the plain uncached loop
 
 
@@ -427,6 +439,7 @@ class Replay(gpt.RecordedStep):
         self.replay = lambda: self.logits.copy_(recording(dummy))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("step", [gpt.RecordedStep, Replay])
 def test_one_step_in_fixed_shapes_serves_every_token(step, monkeypatch):
     """Padded prompts, several samples, a penalty, past the context: the plain steps' tokens. The replayed recording
@@ -435,11 +448,21 @@ def test_one_step_in_fixed_shapes_serves_every_token(step, monkeypatch):
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
     monkeypatch.setattr(gpt, "RecordedStep", step)
     monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, math.nan, **options))
-    for options in (dict(), dict(mask=mask), dict(mask=mask.flip(1)), dict(mask=mask, repetition_penalty=1.3),
+    for options in (dict(), dict(mask=mask), dict(mask=torch.tensor([[1, 0, 1, 1, 1, 1]] * 3)), dict(mask=mask, repetition_penalty=1.3),
                     dict(mask=mask, num_samples=2), dict(mask=mask, eos_id=7)):
         for n in (1, 2, 20):
             expected = generate(model, ids, n, temperature=0, **options)
             assert torch.equal(generate(model, ids, n, temperature=0, cuda_graph=True, **options), expected)
+
+
+@pytest.mark.parametrize("T", [15, 16, 17])
+def test_a_prompt_that_fills_the_context_leaves_no_step_to_record(T, monkeypatch):
+    """At 16 of 16 positions a recording would write behind the cache's end; one position earlier it serves one step."""
+    model, ids, made = small_model(), torch.randint(50, (2, T)), []
+    monkeypatch.setattr(gpt, "RecordedStep", lambda *args: made.append(Replay(*args)) or made[-1])
+    expected = generate(model, ids, 4, temperature=0)
+    assert torch.equal(generate(model, ids, 4, temperature=0, cuda_graph=True), expected)
+    assert len(made) == (T < 16)
 
 
 def test_several_samples_share_a_prefill_and_equal_separate_rows():
@@ -609,6 +632,16 @@ def test_a_checkpoint_gives_back_the_same_model_tokenizer_and_history(tmp_path):
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
         assert (loaded.out_head.weight.data_ptr() == loaded.tok_emb.weight.data_ptr()) is tied
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_compiled_model_is_stored_as_what_was_compiled(tied, tmp_path):
+    """torch.compile puts a prefix before each name, which no reader of the file would know."""
+    model = small_model(dtype=torch.float32, tie_weights=tied)
+    gpt.save_checkpoint(tmp_path / "m.safetensors", torch.compile(model))
+    ids = torch.randint(50, (2, 7))
+    assert torch.equal(gpt.load_checkpoint(tmp_path / "m.safetensors")[0](ids), model(ids))
 
 
 def test_a_classifier_head_comes_back_with_its_own_shape(tmp_path):

@@ -650,7 +650,7 @@ def test_import_makes_a_checkpoint_of_ours(small_gpt2, tmp_path, capsys):
     tokenizer = BPETokenizer.train(["low lower lowest newer wider " * 5], 262, ("<|endoftext|>", "<|pad|>"))
     config = dataclasses.replace(TINY, vocab_size=262)
     model = gpt.GPTModel(config)
-    export_gpt2(model, tmp_path / "hf", tokenizer)
+    export_gpt2(model, tmp_path / "hf", tokenizer.to_dict())  # as load_checkpoint gives it; elsewhere the tokenizer
     out = tmp_path / "out.safetensors"
     assert main(["import", "--source", str(tmp_path / "hf"), "--context_length", "8", "--out", str(out)]) == 0
     loaded, described, made = gpt.load_checkpoint(out)

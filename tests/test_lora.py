@@ -7,8 +7,10 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -602,6 +604,59 @@ def test_lora_py_alone_works_beside_somebody_elses_model(tmp_path):
     result = subprocess.run([sys.executable, "-W", "error", "-c", ALONE, str(ROOT / "gpt.py")], cwd=tmp_path,
                             capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_hooks_go_on_with_their_layer():
+    """Forward, pre and backward hooks run with the adapter and after merging, until their handle removes them."""
+    model, seen = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), []
+    handles = [model[0].register_forward_hook(lambda *_: seen.append("after")),
+               model[0].register_forward_pre_hook(lambda *_: seen.append("before")),
+               model[0].register_full_backward_hook(lambda *_: seen.append("back"))]
+    for change in (lambda model: apply_lora(model, 2), merge_lora, unmerge_lora):
+        change(model)
+        seen.clear()
+        model(torch.ones(2, 6, requires_grad=True)).sum().backward()
+        assert seen == ["before", "after", "back"]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(torch.ones(2, 6))
+    assert seen == []
+
+
+def test_a_computed_weight_takes_no_adapter():
+    """Under spectral_norm the weight comes from another parameter: the layer is left out, the model as it was."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 6))
+    assert list(lora.linears(model)) == ["1"]
+    with pytest.raises(ValueError, match="matches no nn.Linear"):
+        apply_lora(model, targets="0")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+STUB = """import signal, sys, time
+from pathlib import Path
+def stop(*_):
+    Path("saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+Path("started").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_compare_stops_the_run_that_it_waits_for(number, tmp_path):
+    """The training process saves and ends; nobody goes on without a parent."""
+    shutil.copy(ROOT / "lora.py", tmp_path)
+    (tmp_path / "finetune_cls.py").write_text(STUB)
+    process = subprocess.Popen([sys.executable, "lora.py", "--out_dir", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 143 and (tmp_path / "saved").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

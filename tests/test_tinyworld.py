@@ -322,6 +322,8 @@ def test_what_is_not_of_this_world_is_refused_in_a_sentence():
     """A ValueError says what there is instead."""
     with pytest.raises(ValueError, match="has the views corpus, messages, instructions, preferences"):
         tinyworld("poems", "train")
+    with pytest.raises(ValueError, match="0 items or more, not -3"):
+        tinyworld("messages", "train", -3)
     with pytest.raises(ValueError, match="train, val, test"):
         tinyworld("corpus", "training")
     few = tinyworld("instructions", "val", 520, kinds=("opposite",))
