@@ -41,7 +41,7 @@ import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
@@ -1068,7 +1068,7 @@ def cells_of(text, width):
 
 
 def write_page(path, run, rows, scaled):
-    """Return None after putting new lines in place of older ones for the same comparison, and dropping stale runs."""
+    """Put new lines in place of older ones for the same comparison, and drop stale runs."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     order = [tuple(key(row)) for row in ROWS + LONG + GPU_ROWS]
     kept = {tuple(row[:3]): row for row in cells_of(old, len(HEAD))}
