@@ -244,7 +244,7 @@ def diagnosis(error):
     if out_of_memory(error):
         return "out of memory; lower --batch_size or --context_length, or raise --accumulate"
     if several and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return LOST  # met where `lost` does not look
+        return LOST  # met where no `exchange` was
     if type(error) is RuntimeError:
         return ""
     if getattr(error, "errno", None) and error.filename is None and Run.current is not None:
@@ -317,7 +317,7 @@ def leave():
 
 
 @contextlib.contextmanager
-def lost():
+def exchange():
     """Return a context that turns a failed exchange with the other processes into a ConnectionError of one line."""
     try:
         yield
@@ -330,7 +330,7 @@ def lost():
 def wait():
     """Wait until all processes have come here, however long the first one works alone before."""
     if several:
-        with lost():
+        with exchange():
             dist.barrier(several)
 
 
@@ -366,7 +366,7 @@ def together(value, op="sum"):
     if not several:
         return value
     tensor = torch.tensor(value, dtype=torch.float64)
-    with lost():
+    with exchange():
         dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return type(value)(tensor.item())
 
@@ -380,7 +380,7 @@ def sum_gradients(model):
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    with lost():
+    with exchange():
         dist.all_reduce(flat)
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         parameter.grad = grad.view_as(parameter)
@@ -415,9 +415,9 @@ def shard(model, device):
     return model
 
 
-def full(tensor):
+def whole(tensor):
     """Return a tensor that may be sharded as an ordinary one, whole in every process."""
-    with lost():
+    with exchange():
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -429,7 +429,7 @@ def gathered(value):
         return [gathered(part) for part in value]
     if not hasattr(value, "full_tensor"):
         return value
-    value = full(value)
+    value = whole(value)
     return None if process() else value.cpu()
 
 
@@ -1069,7 +1069,7 @@ class Run:
         config = self.config
         sum_gradients(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = full(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             few = [f"{int(index)}" for index in self.examples[:8]] + ["..."] * (len(self.examples) > 8)
             raise ValueError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: nothing was updated, "

@@ -69,7 +69,7 @@ def run(name, script, flags, fault):
         moments = [t for o in run.optimizers for values in o.state.values() for t in values.values() if t.dim()]
         for tensors in (parameters, [p.grad for p in parameters if p.grad is not None], moments):
             shards.append(sum(getattr(t, "to_local", lambda: t)().numel() for t in tensors))
-        flat = torch.cat([train.full(t).flatten() for t in train.trainable_state(run.model).values()])
+        flat = torch.cat([train.whole(t).flatten() for t in train.trainable_state(run.model).values()])
         weights.extend([run.step, *flat.tolist()])
         real[5](run)
     def nan_here(logits, targets):
