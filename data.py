@@ -428,7 +428,7 @@ def documents_of(source, size=PIECE):
     if not paths:
         raise ValueError(f"{root} holds no {', '.join(SUFFIXES)} file")
     for path in paths:
-        if path.suffix in (".csv", ".tsv", ".json"):
+        if Path(path.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv", ".json"):
             raise ValueError(f"{path} holds records, not text to learn to write; put their text into a .jsonl file, a "
                              'line {"text": ...} each, or into a .txt file')
         if ".jsonl" in path.suffixes:
@@ -840,7 +840,8 @@ def csv_rows(path):
     try:
         header = next(reader)
         if not {"label", "text"} <= set(header):
-            raise ValueError(f"{path}: the first row must name the columns label and text, got {header}")
+            raise ValueError(f"{path}: the first row must name the columns label and text between commas, got "
+                             f"{header}")
         start = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):

@@ -772,8 +772,9 @@ def classify_text(text, model, tokenizer, device=None):
 
 
 def input_lines(source):
-    """Yield the lines of a file, or of stdin for "", without their ends; bytes that are no UTF-8 become U+FFFD, and
-    these and empty lines are told of at the end."""
+    """Yield the lines of a file, or of stdin for "", without their ends; bytes that are no UTF-8 become U+FFFD.
+
+    Notes at the end count the lines with such bytes, and the empty ones."""
     if not source and sys.stdin is None:
         raise ValueError("stdin is closed; give messages as words, or a file by --file")
     with open(source, "rb") if source else contextlib.nullcontext(sys.stdin.buffer) as file:
@@ -786,7 +787,7 @@ def input_lines(source):
             text = line.decode("utf-8", "replace").rstrip("\r\n")
             empty, odd = empty + (not text.strip()), odd + ("\ufffd" in text and "\ufffd".encode() not in line)
             yield text
-    for count, what in ((empty, "empty"), (odd, "no UTF-8, what cannot be read is U+FFFD")):
+    for count, what in ((empty, "empty"), (odd, "not UTF-8; unreadable bytes became U+FFFD")):
         if count:
             print(f"note: {count:,} of {number:,} lines {'is' if count == 1 else 'are'} {what}", file=sys.stderr)
 

@@ -723,7 +723,7 @@ def mean_with_bounds(values, low, high, unread=""):
     read = [value for value in values if value is not None]
     missing = len(values) - len(read)
     if missing > MAX_MISSING * len(values):
-        shown = f", such as {' '.join(unread.split())[:80]!r} where one word was asked for" if unread else ""
+        shown = f", such as {' '.join(unread.split())[:80]!r}, which is no answer to what was asked" if unread else ""
         raise ValueError(f"{missing} of the judge's {len(values)} replies could not be read or were cut{shown}; try "
                          "another --judge_model or a larger --judge_context")
     total = sum(read)

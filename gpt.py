@@ -433,7 +433,9 @@ class RecordedStep:
     it runs as it is. A graph keeps its shapes and addresses: so each step attends to the whole cache, where positions
     not filled yet are hidden, and the place to fill is a tensor. The next step overwrites the logits. `cache` holds
     the prompt and has room for more; `mask` (B, T) is 1 for those of its tokens that count. To the blocks the step
-    itself is the cache: all they call is `append`."""
+    itself is the cache: all they call is `append`. Recording costs four steps and waits for the GPU."""
+
+    streams = {}  # {GPU: its stream for recording}: the libraries keep memory for each stream that they meet
 
     def __init__(self, model, cache, mask=None):
         B, S = cache.kv.shape[2], cache.kv.shape[4]
@@ -451,15 +453,18 @@ class RecordedStep:
 
     def record(self):
         """Record the step after three trial runs, in which the libraries claim the memory they work in."""
-        with torch.cuda.device(self.model.device):
-            stream = torch.cuda.Stream()
+        device = self.model.device
+        with torch.cuda.device(device):
+            if device not in self.streams:
+                self.streams[device] = torch.cuda.Stream()
+            stream = self.streams[device]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     self.step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits = self.step()
 
     def append(self, layer, k, v):
@@ -495,11 +500,12 @@ def check_prompts(model, ids, mask, max_new_tokens, num_samples):
     if ids.shape[1] == 0 or max_new_tokens < 0 or num_samples < 1:
         raise ValueError("the prompt is empty" if ids.shape[1] == 0 else f"max_new_tokens must be at least 0 and "
                          f"num_samples at least 1, not {max_new_tokens} and {num_samples}")
-    if not (0 <= int(ids.min()) and int(ids.max()) < model.config.vocab_size):
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < model.config.vocab_size):
         raise ValueError(f"the prompts hold the ids {int(ids.min())} to {int(ids.max())}; the model knows 0 to "
                          f"{model.config.vocab_size - 1}")
-    if mask is not None and (mask.shape != ids.shape or not bool((mask[:, -1] == 1).all())):
-        raise ValueError("mask has the prompts' shape and 1 in its last column, as prompts are padded on the left")
+    alike = mask is None or mask.shape == ids.shape and mask.device == ids.device
+    if not alike or mask is not None and not bool((mask[:, -1] == 1).all()):
+        raise ValueError("mask has the prompts' shape and device, and 1 in its last column: padding is on the left")
 
 
 @torch.no_grad()

@@ -84,8 +84,9 @@ def check_options(rank, alpha, dropout, layers):
 
 
 def take_hooks(new, old):
-    """Let the module `new` run the hooks that stand on `old`, whose handles go on to remove them."""
-    vars(new).update((key, value) for key, value in vars(old).items() if "_hooks" in key or "full_backward_hook" in key)
+    """Let the module `new` run the forward and backward hooks of `old`, whose handles go on to remove them."""
+    kept = {key: value for key, value in vars(old).items() if "hook" in key and ("forward" in key or "backward" in key)}
+    vars(new).update(kept)
 
 
 class LoRALinear(nn.Linear):
@@ -689,14 +690,23 @@ def fine_tune(task, out_dir, flags):
     if not path.is_file():
         raise FileNotFoundError(f"compare runs {script}, which is not beside {Path(__file__).name}")
     command = [sys.executable, str(path), "--out_dir", str(out_dir), *flags]
+    stopped, before = [], {}
+
+    def pass_on(number, frame):  # as the other signal: many reach both processes, and a second one ends a run unsaved
+        if not stopped:
+            child.send_signal(signal.SIGINT if number == signal.SIGTERM and os.name != "nt" else signal.SIGTERM)
+        stopped.append(number)
+
     with subprocess.Popen(command, stdout=2) as child:  # its report goes to stderr: stdout is for the table
-        before = {number: signal.signal(number, lambda *_: child.terminate())  # it saves first, and then ends
-                  for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return child.wait()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(ValueError):  # not in the main thread: nobody signals us there
+                    before[number] = signal.signal(number, pass_on)
+            status = child.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    return 128 + stopped[0] if stopped else status
 
 
 def row_of(task, out_dir):

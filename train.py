@@ -1120,8 +1120,7 @@ class Run:
         return self.step == self.total or bool(every) and self.step % every == 0
 
     def count_evaluation(self, value):
-        """Return whether `value` (lower is better) is the best so far; --patience ends the run after many that are not.
-        """
+        """Return whether `value` is the lowest so far; --patience counts those that are not, and ends the run."""
         better = value < self.best_value
         self.best_value = min(value, self.best_value)
         self.bad_evaluations = 0 if better else self.bad_evaluations + 1

@@ -802,6 +802,7 @@ BAD_INPUTS = [
     ("messages", "a.tsv", "ham\thi\n\tyou", "row 2"),
     ("messages", "a.tsv", "", "holds no rows"),
     ("corpus", "a.csv", "text,label\nA cat.,pet\n", "holds records, not text"),
+    ("corpus", "A.CSV.gz", gzip.compress(b"text,label\nA cat.,pet\n"), "holds records, not text"),
     ("corpus", "a.json", '[{"text": "A cat."}]', "holds records, not text"),
     ("messages", "a.tsv", b"ham\thi\0", "byte 6"),
     ("messages", "a.csv", "label,text\nham,hi\nspam", "row 3: 1 columns, expected 2"),

@@ -450,7 +450,7 @@ def test_messages_from_the_command_line_and_from_stdin(rows, capsys, monkeypatch
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == 45 and [row["text"] for row in found[:3]] == ["dog", "\ufffd bad", "man"]
-    assert "note: 2 of 45 lines are empty\n" in err and "note: 1 of 45 lines is no UTF-8" in err
+    assert "note: 2 of 45 lines are empty\n" in err and "note: 1 of 45 lines is not UTF-8" in err
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in found)
     monkeypatch.setattr("sys.stdin", None)
     assert cls.main(["classify", "--file", "-"]) == 1 and "error: stdin is closed" in capsys.readouterr().err

@@ -367,6 +367,7 @@ def test_options_outside_their_range_are_refused():
     (dict(max_new_tokens=-1), "max_new_tokens must be at least 0")])
 def test_prompts_that_cannot_be_continued_are_refused(wrong, said):
     """Padding on the right, whose logits would be those behind the padding, and what would fail deep inside."""
+    assert generate(small_model(), torch.zeros(0, 4, dtype=torch.long), 3).shape == (0, 7)
     with pytest.raises(ValueError, match=said):
         generate(small_model(), **{"ids": torch.tensor([[1, 2], [3, 4]]), "max_new_tokens": 2, **wrong})
 

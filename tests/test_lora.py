@@ -6,10 +6,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -609,6 +611,7 @@ def test_lora_py_alone_works_beside_somebody_elses_model(tmp_path):
 def test_hooks_go_on_with_their_layer():
     """Forward, pre and backward hooks run with the adapter and after merging, until their handle removes them."""
     model, seen = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), []
+    model[0].register_load_state_dict_pre_hook(lambda *_: seen.append("loaded"))  # bound to a layer that goes
     handles = [model[0].register_forward_hook(lambda *_: seen.append("after")),
                model[0].register_forward_pre_hook(lambda *_: seen.append("before")),
                model[0].register_full_backward_hook(lambda *_: seen.append("back"))]
@@ -617,6 +620,7 @@ def test_hooks_go_on_with_their_layer():
         seen.clear()
         model(torch.ones(2, 6, requires_grad=True)).sum().backward()
         assert seen == ["before", "after", "back"]
+    model.load_state_dict(model.state_dict())
     for handle in handles:
         handle.remove()
     seen.clear()
@@ -635,28 +639,52 @@ def test_a_computed_weight_takes_no_adapter():
 
 STUB = """import signal, sys, time
 from pathlib import Path
-def stop(*_):
-    Path("saved").touch()
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-Path("started").touch()
-time.sleep(60)
+asked = []
+def on_signal(number, frame):  # as a run does: save at the end of the step, and a second one of the kind ends it at once
+    signal.signal(number, signal.SIG_DFL)
+    asked.append(number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, on_signal)
+Path(sys.argv[2].replace("/", "-") + ".started").touch()
+end = time.monotonic() + 20
+while not asked and time.monotonic() < end:
+    time.sleep(0.05)
+time.sleep(0.5)
+Path("saved").touch()
+sys.exit(STATUS)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_compare_stops_the_run_that_it_waits_for(number, tmp_path):
-    """The training process saves and ends; nobody goes on without a parent."""
+@pytest.mark.parametrize("send, status", [(os.kill, 143), (os.killpg, 143), (os.kill, 0)])
+def test_a_signal_to_compare_stops_the_run_that_it_waits_for(number, send, status, tmp_path):
+    """To it alone or to both processes: the run saves, nothing else is started, also where the run was about to end."""
     shutil.copy(ROOT / "lora.py", tmp_path)
-    (tmp_path / "finetune_cls.py").write_text(STUB)
-    process = subprocess.Popen([sys.executable, "lora.py", "--out_dir", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 143 and (tmp_path / "saved").exists()
+    (tmp_path / "finetune_cls.py").write_text(STUB.replace("STATUS", str(status)))
+    process = subprocess.Popen([sys.executable, "lora.py", "--out_dir", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    try:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("*.started")) and time.monotonic() < end:
+            time.sleep(0.05)
+        send(process.pid, number)
+        assert process.wait(timeout=30) == 128 + number and (tmp_path / "saved").exists()
+        assert len(list(tmp_path.glob("*.started"))) == 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_compare_can_run_outside_the_main_thread(tmp_path, monkeypatch):
+    """Where Python lets nobody handle signals: the run's status comes back at once."""
+    monkeypatch.setattr(lora, "__file__", str(tmp_path / "lora.py"))
+    (tmp_path / "finetune_cls.py").write_text("import sys; sys.exit(7)")
+    found = []
+    thread = threading.Thread(target=lambda: found.append(lora.fine_tune("cls", tmp_path, [])))
+    thread.start()
+    thread.join(timeout=30)
+    assert found == [7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
