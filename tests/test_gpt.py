@@ -362,8 +362,8 @@ def test_options_outside_their_range_are_refused():
 @pytest.mark.parametrize("wrong, said", [
     (dict(ids=torch.tensor([1, 2])), "int64"), (dict(ids=[[1, 2]]), "int64"), (dict(ids=torch.ones(1, 2)), "int64"),
     (dict(ids=torch.tensor([[1, 50]])), "1 to 50; the model knows 0 to 49"), (dict(ids=torch.tensor([[-1]])), "-1 to -1"),
-    (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padded on the left"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
-    (dict(mask=torch.tensor([[1, 1], [0, 0]])), "padded on the left"), (dict(num_samples=0), "num_samples at least 1"),
+    (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padding is on the left"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
+    (dict(mask=torch.tensor([[1, 1], [0, 0]])), "padding is on the left"), (dict(num_samples=0), "num_samples at least 1"),
     (dict(max_new_tokens=-1), "max_new_tokens must be at least 0")])
 def test_prompts_that_cannot_be_continued_are_refused(wrong, said):
     """Padding on the right, whose logits would be those behind the padding, and what would fail deep inside."""
