@@ -451,7 +451,7 @@ def test_one_step_in_fixed_shapes_serves_every_token(step, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, math.nan, **options))
     for options in (dict(), dict(mask=mask), dict(mask=torch.tensor([[1, 0, 1, 1, 1, 1]] * 3)), dict(mask=mask, repetition_penalty=1.3),
                     dict(mask=mask, num_samples=2), dict(mask=mask, eos_id=7)):
-        for n in (1, 2, 20):
+        for n in (1, 20):
             expected = generate(model, ids, n, temperature=0, **options)
             assert torch.equal(generate(model, ids, n, temperature=0, cuda_graph=True, **options), expected)
 

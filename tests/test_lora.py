@@ -656,8 +656,10 @@ sys.exit(STATUS)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("send, status", [(os.kill, 143), (os.killpg, 143), (os.kill, 0)])
+@pytest.mark.parametrize("number, send, status", [
+    (signal.SIGTERM, "killpg", 143), (signal.SIGINT, "kill", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (signal.SIGTERM, "kill", 143), (signal.SIGTERM, "kill", 0), (signal.SIGINT, "kill", 143),
+        (signal.SIGINT, "killpg", 143)))])
 def test_a_signal_to_compare_stops_the_run_that_it_waits_for(number, send, status, tmp_path):
     """To it alone or to both processes: the run saves, nothing else is started, also where the run was about to end."""
     shutil.copy(ROOT / "lora.py", tmp_path)
@@ -668,7 +670,7 @@ def test_a_signal_to_compare_stops_the_run_that_it_waits_for(number, send, statu
         end = time.monotonic() + 60
         while not list(tmp_path.glob("*.started")) and time.monotonic() < end:
             time.sleep(0.05)
-        send(process.pid, number)
+        getattr(os, send)(process.pid, number)  # "killpg": to both processes
         assert process.wait(timeout=30) == 128 + number and (tmp_path / "saved").exists()
         assert len(list(tmp_path.glob("*.started"))) == 1
     finally:
