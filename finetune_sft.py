@@ -731,6 +731,11 @@ def mean_with_bounds(values, low, high, unread=""):
             "bounds": ((total + missing * low) / len(values), (total + missing * high) / len(values))}
 
 
+def judged_share(choices, unread=""):
+    """Return `mean_with_bounds` of the first responses' wins in choices of `Judge.prefer`; a tie is half a win."""
+    return mean_with_bounds([{None: None, 0: 0.5, 1: 1.0, 2: 0.0}[choice] for choice in choices], 0, 1, unread)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -1081,8 +1086,7 @@ def print_judged(judge, config, names, rows):
     if len(rows) < 2:
         raise argparse.ArgumentError(None, "--judge_mode pairwise needs a second model: --against")
     choices = [judge.prefer(ours, ours["response"], theirs["response"]) for ours, theirs in zip(*rows)]
-    shares = [None if choice is None else {1: 1.0, 2: 0.0, 0: 0.5}[choice] for choice in choices]
-    wins = mean_with_bounds(shares, 0, 1, judge.unread)
+    wins = judged_share(choices, judge.unread)
     print_bounds(f"{names[0]} wins against {names[1]}", wins, 100, "%")
     return wins
 

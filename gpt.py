@@ -335,11 +335,19 @@ class GPTModel(nn.Module):
         else:
             positions = torch.arange(past, past + T, device=ids.device)
             allowed = attention_mask(None, past, T, ids.device) if past and T > 1 else None
+        x = self.states(ids, positions, allowed, cache, rows)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    def states(self, ids, positions, allowed=None, cache=None, rows=None):
+        """Return the last layer's normalised states (B, T, C) of tokens at `positions`, (T,) or (B, T).
+
+        `allowed` (B, 1, T, S) says which of S keys a query may see; of `cache` only `append` is called; `rows` is as
+        in `hidden`, which finds out the others from a mask."""
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.trf_blocks):
             x = block(x, allowed, cache, layer, rows if layer == len(self.trf_blocks) - 1 else None)
-        if cache is not None:
-            cache.length += T
         return self.final_norm(x)
 
     def forward(self, ids, mask=None, cache=None):
@@ -432,8 +440,8 @@ class RecordedStep:
     On an NVIDIA GPU it is recorded as a CUDA graph and replayed, one launch instead of a hundred and more; elsewhere
     it runs as it is. A graph keeps its shapes and addresses: so each step attends to the whole cache, where positions
     not filled yet are hidden, and the place to fill is a tensor. The next step overwrites the logits. `cache` holds
-    the prompt and has room for more; `mask` (B, T) is 1 for those of its tokens that count. To the blocks the step
-    itself is the cache: all they call is `append`. Recording costs four steps and waits for the GPU."""
+    the prompt and has room for more; `mask` (B, T) is 1 for those of its tokens that count. To the model the step
+    itself is the cache: all it calls is `append`. Recording costs four steps and waits for the GPU."""
 
     streams = {}  # {GPU: its stream for recording}: the libraries keep memory for each stream that they meet
 
@@ -475,10 +483,7 @@ class RecordedStep:
     def step(self):
         """Return the logits (B, V) behind `ids`, which stand at `place`."""
         allowed = (self.counts & (self.index <= self.place))[:, None, None]
-        x = self.model.embed(self.ids, self.place - self.start)
-        for layer, block in enumerate(self.model.trf_blocks):
-            x = block(x, allowed, self, layer)
-        return self.model.out_head(self.model.final_norm(x[:, -1]))
+        return self.model.out_head(self.model.states(self.ids, self.place - self.start, allowed, self)[:, -1])
 
     def __call__(self, ids):
         self.ids.copy_(ids[:, None])
@@ -500,11 +505,12 @@ def check_prompts(model, ids, mask, max_new_tokens, num_samples):
     if ids.shape[1] == 0 or max_new_tokens < 0 or num_samples < 1:
         raise ValueError("the prompt is empty" if ids.shape[1] == 0 else f"max_new_tokens must be at least 0 and "
                          f"num_samples at least 1, not {max_new_tokens} and {num_samples}")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < model.config.vocab_size):
-        raise ValueError(f"the prompts hold the ids {int(ids.min())} to {int(ids.max())}; the model knows 0 to "
+    low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+    if not 0 <= low <= high < model.config.vocab_size:
+        raise ValueError(f"the prompts hold the ids {low} to {high}; the model knows 0 to "
                          f"{model.config.vocab_size - 1}")
-    alike = mask is None or mask.shape == ids.shape and mask.device == ids.device
-    if not alike or mask is not None and not bool((mask[:, -1] == 1).all()):
+    if mask is not None and not (mask.shape == ids.shape and mask.device == ids.device
+                                 and bool((mask[:, -1] == 1).all())):
         raise ValueError("mask has the prompts' shape and device, and 1 in its last column: padding is on the left")
 
 
@@ -575,7 +581,7 @@ def _rows_to_share(mask):
 
     First fit, the longest first: 16 prompts of 8 to 64 tokens need 10 rows."""
     lengths, T = mask.sum(dim=1).tolist(), mask.shape[1]
-    if min(lengths) == 0 or bool((mask.diff(dim=1) < 0).any()):  # padded elsewhere than on the left
+    if bool((mask.diff(dim=1) < 0).any()):  # holes between real tokens; the last is one, see `check_prompts`
         return []
     rows, room = [], []
     for prompt in sorted(range(len(lengths)), key=lambda prompt: -lengths[prompt]):

@@ -66,10 +66,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, format_response, gold_score, json_sha256,
                   preference, prompt_of, read_preferences, rubric_parts, seeded, split, tinyworld)
-from finetune_sft import (Judge, add_adapters, finished_lines, mean_with_bounds, stored_responses)
+from finetune_sft import Judge, add_adapters, finished_lines, judged_share, stored_responses
 from gpt import generate, pick_device
-from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_curves, load_writer, make_optimizers,
-                   new_model, option, run_script, total_steps, train_each_seed, wilson, write_json)
+from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_curves, full_precision, load_writer,
+                   make_optimizers, new_model, option, run_script, total_steps, train_each_seed, wilson, write_json)
 
 HEADS = ("linear", "mlp", "likelihood", "mean")
 DEFAULTS = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
@@ -180,11 +180,6 @@ class Config(Options):
 #
 # B responses, R tokens of the longest one, V vocabulary. `mask` (B, R) is 1 from a response's first token to its stop
 # token and 0 behind it; what stands behind it changes nothing. Log-probabilities, KL and losses are in nats.
-
-
-def full_precision(x):
-    """Return x in float32, or as it is where it is more precise: sums of bfloat16 numbers would be coarse."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def masked_mean(x, mask):
@@ -922,11 +917,8 @@ def pair_states(model, ids, part):
     positions = torch.where(part == REJECTED, columns - Q + P, columns).masked_fill(part == PADDING, 0)
     seen = (part[:, None, :] == PROMPT) | (part[:, None, :] == part[:, :, None])
     allowed = (seen & (columns <= columns[:, None]))[:, None]
-    x = model.embed(ids, positions)
-    for block in model.trf_blocks:
-        x = block(x, allowed)
     before = torch.where(columns == Q, P, columns) - 1  # the prompt's last state predicts both first tokens
-    return PairStates(model.final_norm(x), ids, part, before.clamp(min=0))
+    return PairStates(model.states(ids, positions, allowed), ids, part, before.clamp(min=0))
 
 
 def pair_scores(model, rows, pad_id):
@@ -971,7 +963,8 @@ def pair_objective(model, rows, pad_id, config):
 
     With --cross each chosen answer is to beat the rejected ones of all B pairs: B^2 comparisons instead of B. With
     --lm_weight both answers are also to be predicted, the hidden tokens too, as in Radford et al. 2018, equation 5."""
-    (ids, part), (shown, _) = lay_out(rows, pad_id), lay_out(hide(rows, config.token_dropout, pad_id), pad_id)
+    ids, part = lay_out(rows, pad_id)
+    shown = lay_out(hide(rows, config.token_dropout, pad_id), pad_id)[0] if config.token_dropout else ids
     pairs = pair_states(model.gpt, shown, part)._replace(ids=ids.to(model.gpt.device))
     logprobs = answer_logprobs(model.gpt, pairs) if config.lm_weight else None
     chosen, rejected = state_scores(model, pairs, logprobs)
@@ -1553,8 +1546,7 @@ def judged_wins(judge, prompts, ours, theirs):
     """Return (share of wins by a judge that is asked in both orders, half of its interval); a tie is half a win."""
     choices = [judge.prefer({"instruction": prompt.text, "reference": prompt.reference}, a, b)
                for prompt, a, b in zip(prompts, ours, theirs)]
-    shares = [{None: None, 0: 0.5, 1: 1.0, 2: 0.0}[choice] for choice in choices]
-    result = mean_with_bounds(shares, 0, 1, judge.unread)
+    result = judged_share(choices, judge.unread)
     if result["missing"]:
         print("{missing} of the judge's replies are missing: lost or won, they would make it {bounds[0]:.1%} or "
               "{bounds[1]:.1%}".format(**result), file=sys.stderr)

@@ -346,7 +346,7 @@ def behind_first(status):
 
 def first(function, *args):
     """Return function(*args), called in the first process before the others, which find the files that it made."""
-    if process():
+    if not is_first():
         wait()
     result = function(*args)
     if is_first():
@@ -430,7 +430,7 @@ def gathered(value):
     if not hasattr(value, "full_tensor"):
         return value
     value = whole(value)
-    return None if process() else value.cpu()
+    return value.cpu() if is_first() else None
 
 
 def sharded_like(tensor, own):
@@ -447,7 +447,7 @@ def whole_model(model):
     if not hasattr(model, "reshard"):
         return model
     weights = gathered(model.state_dict())
-    if process():
+    if not is_first():
         return None
     plain = gpt.empty_model(model.config)
     plain.load_state_dict(weights)
@@ -682,9 +682,14 @@ def rate_factor(step, total, warmup, schedule, final):
     return final + (1 - final) * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def full_precision(x):
+    """Return x in float32, or as it is where it is more precise: sums of bfloat16 numbers would be coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def next_token_loss(logits, targets):
     """Return the summed cross-entropy in nats: logits (B, T, V), targets (B, T) -> (); targets of -100 do not count."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 is too coarse for a sum of many
+    logits = full_precision(logits)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=gpt.IGNORE, reduction="sum")
 
 
@@ -1110,7 +1115,7 @@ class Run:
 
     def log(self, **values):
         """Append one JSON line with the step to metrics.jsonl."""
-        if process():
+        if not is_first():
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
