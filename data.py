@@ -1,40 +1,23 @@
 """Everything between a file of text and a batch of token ids: datasets, token files, windows, splits, formats.
 
-    python data.py                              list the datasets: size, licence, already here or not
-    python data.py get shakespeare              download one, check its hash, print where it lies
-    python data.py show sms_spam                counts and a few samples (of a dataset or of any file)
-    python data.py show tinyworld --view instructions
-    python data.py prepare --data verdict --tokenizer gpt2         4,612 + 534 tokens, 3 seconds
-    python data.py prepare --data "stdlib:0.7,notes.txt:0.3"       a mix: shares of characters
+    python data.py                                            list the datasets: size, license, downloaded or not
+    python data.py get shakespeare                            download one, check its sha256, print its path
+    python data.py show sms_spam                              counts and a few samples of a dataset or a file
+    python data.py prepare --data verdict --tokenizer gpt2    4,612 + 534 tokens, 3 seconds
+    python data.py prepare --data "stdlib:0.7,notes.txt:0.3"  a mixture: shares of characters
 
-`tinyworld`, the default of every stage, is made on the spot from word lists in this file and needs no network. Files of
-the other datasets are looked for in $DATA_DIR (default data/) and downloaded into it once; sha256 sums are checked at
-every use, and a file that does not fit is reported, never overwritten. `prepare` writes below data/prepared/.
-
-Reads: text (.txt, .md, .py and folders of them; .jsonl with `text`); labelled text (label<TAB>text, .csv or .jsonl with
-`label`, `text`); instructions (.json or .jsonl with `instruction`, `input`, `output`); preferences (see
-`preference`). A name ending in .gz is unpacked while reading. Text is UTF-8; anything malformed is refused with file
-and line, never skipped in silence.
-
-Writes: data/prepared/<fingerprint>/{train,val}.bin, little-endian uint16 token ids (uint32 above 65,536 entries), each
-with a .json beside it: counts, sums, and the bytes of text that bits per byte need. The fingerprint covers the text and
-the tokenizer, so changed text or another tokenizer never meets old tokens.
-
-Differs from nanoGPT's and the LLMs-from-scratch book's loaders: windows are cut from a mapped file when they are asked
-for, no token is left out of an epoch, an epoch's order depends on seed and epoch alone, so a resumed run goes on where
-it stopped, and documents never carry special tokens from their own text. To use it elsewhere copy data.py, and
-tokenizer.py for `prepare`.
+Reads UTF-8, compressed (.gz) or not: text (.txt, .md, .py, folders, .jsonl with `text`), labels (label<TAB>text, .csv,
+.jsonl), instructions (.json, .jsonl), preferences (see `preference`); malformed input is refused with file and line.
+Writes downloads to $DATA_DIR (default data/), and data/prepared/<fingerprint>/{train,val}.bin: little-endian uint16
+token ids (uint32 above 65,536 entries), each with a .json beside it: counts, hashes, bytes of text for bits per byte.
+Works alone; downloads, token files and commands need gpt.py beside it.
+Differs from nanoGPT's loader: windows are cut from a mapped file on demand, no token is left out of an epoch, the order
+depends on seed and epoch alone, so a resumed run continues where it stopped, and text never becomes special tokens.
 """
 
-import argparse
 import array
 import codecs
-import collections
-import concurrent.futures
-import contextlib
 import csv
-import difflib
-import errno
 import gzip
 import hashlib
 import io
@@ -44,20 +27,15 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
-import sysconfig
-import tempfile
 import time
-import uuid
 import warnings
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # we never use it, so its absence is no news
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # numpy is not used
 
 import torch
 
@@ -66,69 +44,42 @@ IGNORE = -100  # a target that no loss counts, PyTorch's own default
 # ---------------------------------------------------------------------------------------------------------------------
 # Datasets by name, and their download
 
-MAX_BYTES = 1 << 28  # no file of the list below comes near 256 MiB, so more is a mistake or an attack
+MAX_BYTES = 1 << 28  # no file of the list below comes near 256 MiB
 BACKOFF = (1.0, 2.0)  # seconds before the second and third try
-BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
+GITHUB = "https://raw.githubusercontent.com"
+BOOK = GITHUB + "/rasbt/LLMs-from-scratch/main"
+ALPACA = GITHUB + "/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a"
 RASCHKA = "S. Raschka, Build a Large Language Model (From Scratch), Manning 2024"
-
-
-class Dataset(NamedTuple):
-    """Where a named dataset comes from. Without a known `sha256` the sum found first is pinned in a file beside it."""
-
-    kind: str  # what it is for: corpus, messages (labelled), instructions, preferences; tinyworld is all four
-    size: str
-    licence: str
-    citation: str
-    file: str = ""  # its name in $DATA_DIR
-    sha256: str = ""
-    urls: tuple = ()  # tried in turn
-    archive: str = ""  # name of the zip that `urls` lead to and that holds `file`
-    archive_sha256: str = ""
-
-
+# kind: corpus, messages (labeled), instructions, preferences; file: its name in $DATA_DIR; urls: tried in turn;
+# zip_sha256: of the archive that these lead to, if they do
+Dataset = namedtuple("Dataset", "kind size license citation file sha256 urls zip_sha256", defaults=("", "", (), ""))
 DATASETS = {
-    "tinyworld": Dataset("all four", "a few MB", "MIT, as this file", "made by this file, in four views"),
-    "verdict": Dataset(
-        "corpus", "20 kB", "public domain", "E. Wharton, The Verdict, 1908; as used in " + RASCHKA, "the-verdict.txt",
-        "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
-        (BOOK + "/ch02/01_main-chapter-code/the-verdict.txt",)),
-    "shakespeare": Dataset(
-        "corpus", "1.1 MB", "public domain", "A. Karpathy, char-rnn, 2015 (tiny Shakespeare)", "tinyshakespeare.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",)),
-    "stdlib": Dataset("corpus", "12 MB", "PSF licence", "the source of Python's standard library, as installed here"),
-    "sms_spam": Dataset(
-        "messages", "478 kB", "CC BY 4.0", "T. Almeida, J. Hidalgo, SMS Spam Collection, UCI 2011, doi 10.24432/C5CC84",
-        "SMSSpamCollection", "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
-        ("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
-         "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip"),
-        "sms+spam+collection.zip", "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3"),
-    "instructions": Dataset(
-        "instructions", "204 kB", "Apache 2.0", RASCHKA, "instruction-data.json",
-        "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
-        (BOOK + "/ch07/01_main-chapter-code/instruction-data.json",)),
-    "alpaca": Dataset(
-        "instructions", "23 MB", "CC BY-NC 4.0", "R. Taori et al., Stanford Alpaca, 2023", "alpaca_data.json",
-        "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419",
-        ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/"
-         "alpaca_data.json",)),
-    "preferences": Dataset(
-        "preferences", "387 kB", "Apache 2.0", RASCHKA, "instruction-data-with-preference.json",
-        "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
-        (BOOK + "/ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",)),
-    "hh_rlhf": Dataset(
-        "preferences", "16 MB", "MIT", "Y. Bai et al., Training a Helpful and Harmless Assistant, arXiv 2204.05862",
-        "hh-rlhf-helpful-base.jsonl.gz", "",
-        ("https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/train.jsonl.gz",)),
+    "tinyworld": Dataset("all four", "a few MB", "MIT, as this file", "generated by this file, in four views"),
+    "verdict": Dataset("corpus", "20 kB", "public domain", "E. Wharton, The Verdict, 1908; as used in " + RASCHKA,
+                       "the-verdict.txt", "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+                       [BOOK + "/ch02/01_main-chapter-code/the-verdict.txt"]),
+    "shakespeare": Dataset("corpus", "1.1 MB", "public domain", "A. Karpathy, char-rnn, 2015 (tiny Shakespeare)",
+                           "tinyshakespeare.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+                           [GITHUB + "/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"]),
+    "stdlib": Dataset("corpus", "12 MB", "PSF license", "the source of Python's standard library, as installed here"),
+    "sms_spam": Dataset("messages", "478 kB", "CC BY 4.0", "T. Almeida, J. Hidalgo, SMS Spam Collection, UCI 2011",
+                        "SMSSpamCollection", "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
+                        ["https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+                         "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip"],
+                        "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3"),
+    "instructions": Dataset("instructions", "204 kB", "Apache 2.0", RASCHKA, "instruction-data.json",
+                            "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+                            [BOOK + "/ch07/01_main-chapter-code/instruction-data.json"]),
+    "alpaca": Dataset("instructions", "23 MB", "CC BY-NC 4.0", "R. Taori et al., Stanford Alpaca, 2023",
+                      "alpaca_data.json", "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419",
+                      [ALPACA + "/alpaca_data.json"]),
+    "preferences": Dataset("preferences", "387 kB", "Apache 2.0", RASCHKA, "instruction-data-with-preference.json",
+                           "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+                           [BOOK + "/ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json"]),
+    "hh_rlhf": Dataset("preferences", "16 MB", "MIT", "Y. Bai et al., arXiv 2204.05862 (helpful-base)",
+                       "hh-rlhf-helpful-base.jsonl.gz", "",
+                       ["https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/helpful-base/train.jsonl.gz"]),
 }
-
-
-class TryAgain(OSError):
-    """A failed download that may succeed later; `after` is the pause in seconds that the server asked for."""
-
-    def __init__(self, message, after=0.0):
-        super().__init__(message)
-        self.after = after
 
 
 def note(message):
@@ -136,422 +87,424 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
-def sweep(folder, pattern):
-    """Remove temporaries that a killed process left in `folder` more than a day ago."""
-    for path in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # gone already, or somebody else's
-            if time.time() - path.stat().st_mtime > 86400:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a binary file that becomes `path` when the block ends well; otherwise `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    sweep(path.parent, f".{path.name}.*.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # Windows cannot open a folder; elsewhere this makes the new name last
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):  # not about this file
-            raise
-        free = shutil.disk_usage(path.parent).free
-        shown = Path(*(part for part in path.parts if not part.startswith(".tmp-")))  # not prepare's hidden folder
-        raise OSError(error.errno, f"cannot write {shown}: {error.strerror} ({free:,} bytes free there)") from None
-    finally:
-        with contextlib.suppress(OSError):  # there is none, or on a read-only disk there never was
-            temporary.unlink()
-
-
-def file_sha256(path):
-    """Return the sha256 of a file in hex, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def data_dir():
-    """Return the folder of downloaded datasets: $DATA_DIR, or data/ below the current folder."""
-    return Path(os.environ.get("DATA_DIR") or "data")
+def require(condition, message):
+    """Raise ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def fetch(name):
-    """Return the path of a dataset's file (a folder for `stdlib`), downloading it where $DATA_DIR lacks it.
+    """Return the path of a dataset's file, downloaded where $DATA_DIR lacks it; ValueError or OSError if that fails."""
+    from gpt import file_sha256, replacing
 
-    Raises ValueError for an unknown name or a wrong sum, OSError without network; both say what to put where."""
-    if name not in DATASETS or name == "tinyworld":
-        names = ", ".join(known for known in DATASETS if known != "tinyworld")
-        raise ValueError(f"no file belongs to dataset {name!r}; those with files: {names}")
     if name == "stdlib":
-        return Path(sysconfig.get_path("stdlib"))
-    dataset, path = DATASETS[name], data_dir() / DATASETS[name].file
-    pin = path.with_name(path.name + ".sha256")
-    sha256 = dataset.sha256 or (pin.read_text(encoding="utf-8").partition(" ")[0] if pin.exists() else "")
+        return Path(os.__file__).parent
+    require(name in DATASETS and DATASETS[name].file, f"no file belongs to dataset {name!r}; see: python data.py list")
+    dataset, problems = DATASETS[name], []
+    path = Path(os.environ.get("DATA_DIR") or "data", dataset.file)
+    for url in dataset.urls:
+        try:
+            if not path.exists() and dataset.zip_sha256:
+                archive = path.with_name(path.name + ".zip")
+                download(url, archive, dataset.zip_sha256)
+                with zipfile.ZipFile(archive) as zipped, replacing(path) as file:
+                    file.write(zipped.read(path.name))
+            elif not path.exists():
+                download(url, path, dataset.sha256)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if dataset.archive:
-            archive = path.with_name(dataset.archive)
-            if not archive.exists():
-                download_any(name, archive, dataset.archive_sha256)
-            check_sum(archive, dataset.archive_sha256)
-            extract_member(archive, dataset.file, path, sha256)
-        else:
-            download_any(name, path, sha256)
-    found = check_sum(path, sha256)
-    if not sha256:
-        note(f"{path}: no sum of it is published; {found} counts from now on and is kept in {pin.name}")
-        with contextlib.suppress(OSError), atomic(pin) as file:  # in a read-only folder it stays unpinned
-            file.write(f"{found}  {path.name}\n".encode())
+        raise OSError(f"{'; '.join(problems)}; put the file at {path} yourself, or set DATA_DIR to its folder")
+    found = file_sha256(path)
+    require(found == (dataset.sha256 or found),
+            f"{path}: sha256 is {found}, expected {dataset.sha256}; move it away to download it again")
     return path
 
 
-def check_sum(path, sha256):
-    """Return the sha256 of a file; ValueError if another one is expected ("" expects nothing)."""
-    found = file_sha256(path)
-    if sha256 and found != sha256:
-        raise ValueError(f"{path}: sha256 is {found}, expected {sha256}; it was left as it is: move it away and run "
-                         f"again to download it")
+def download(url, path, sha256="", max_bytes=MAX_BYTES, deadline=600.0):
+    """Return the sha256 of `path`, filled with the body of `url`; the name stays free until all is there and verified.
+
+    Without `sha256` the host's (X-Linked-Etag) counts, if it names one. Tries again where that may help, after the
+    pause that the server asks for; a partial file is continued, by a later call too. `deadline`: seconds in all; with
+    math.inf only a stall of 30 s ends a transfer. Raises OSError, or ValueError for another body than expected."""
+    from gpt import file_sha256
+
+    path, end = Path(path), time.monotonic() + deadline
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{json_sha256([url, sha256])[:12]}.part")
+    for pause in (*BACKOFF, math.inf):
+        problem, wait, expected = receive(url, part, sha256, max_bytes, end)
+        if not problem:
+            break
+        pause = max(pause, wait)
+        if pause > min(60, end - time.monotonic()):
+            raise OSError(problem)
+        note(f"{problem}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+    try:
+        found = file_sha256(part)
+        if found != (expected or found):
+            part.unlink()
+            raise ValueError(f"{url}: sha256 is {found}, expected {expected}")
+        os.replace(part, path)
+    except FileNotFoundError:  # another process was faster
+        found = file_sha256(path)
     return found
 
 
-def download_any(name, path, sha256):
-    """Fill `path` with a dataset from the first of its addresses that delivers; raises OSError where none does."""
-    problems = []
-    for url in DATASETS[name].urls:
-        try:
-            return download(url, path, sha256)
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None):  # the disk's fault, and another server would not help
-                raise
-            problems.append(str(error))
-    raise OSError(f"cannot download {name}: {'; '.join(problems)}; put the file of {DATASETS[name].urls[0]} at {path} "
-                  f"yourself, or set DATA_DIR to a folder that has {path.name}")
-
-
-def download(url, path, sha256="", max_bytes=MAX_BYTES, deadline=600.0):
-    """Write the body of `url` to `path`; until it is whole, nothing stands under that name.
-
-    Tries again after a pause when the connection fails, is cut, or the server is busy, within `deadline` seconds in
-    all. Raises OSError for a refusal, ValueError for a body that is not the one with this `sha256`."""
-    if not url.startswith(("https://", "http://")):
-        raise ValueError(f"{url}: only http and https addresses can be downloaded")
-    end = time.monotonic() + deadline
-    for pause in (*BACKOFF, math.inf):
-        try:
-            return receive(url, Path(path), sha256, max_bytes, end)
-        except TryAgain as error:
-            pause = max(pause, error.after)
-            if time.monotonic() + pause >= end:
-                raise
-            note(f"{error}; trying again in {pause:.0f} s")
-            time.sleep(pause)
-
-
-def receive(url, path, sha256, max_bytes, end):
-    """Fill `path` by one request; raises as `download` does, TryAgain where that may help."""
-    import requests  # here, because it costs every start 0.1 s
-
-    left = max(end - time.monotonic(), 0.1)
-    try:
-        # Unpacked by the server's leave, a few kB could grow to fill the disk: ask for the bytes as they are.
-        response = requests.get(url, stream=True, timeout=(min(10, left), min(30, left)),
-                                headers={"Accept-Encoding": "identity"})
-    except (requests.ConnectionError, requests.Timeout) as error:
-        reason = getattr(error.args[0] if error.args else error, "reason", error)
-        raise TryAgain(f"{url}: {type(reason).__name__}") from None
-    except requests.RequestException as error:
-        raise OSError(f"{url}: {error}") from None
-    with response:
-        if response.status_code in (408, 429) or response.status_code >= 500:  # may pass; other refusals are final
-            after = response.headers.get("Retry-After", "")
-            raise TryAgain(f"{url}: HTTP status {response.status_code}", float(after) if after.isdecimal() else 0.0)
-        if response.status_code != 200:
-            raise OSError(f"{url}: HTTP status {response.status_code}")
-        with atomic(path) as file:
-            found, size = copy_body(response, file, max_bytes, end)
-            if sha256 and found != sha256:
-                kind = response.headers.get("Content-Type", "no type")
-                raise ValueError(f"{url}: sha256 is {found}, expected {sha256} ({size:,} bytes of {kind})")
-
-
-def copy_body(response, file, max_bytes, end):
-    """Return (sha256, size) of the body written to `file`; raises TryAgain if it is cut, OSError past a limit."""
+def receive(url, part, sha256, max_bytes, end):
+    """Complete `part` by one request; return (problem that may pass or "", seconds asked to wait, expected sha256)."""
+    import requests  # here, because it costs 0.1 s at every start
     from requests.packages.urllib3.exceptions import HTTPError
 
-    length, digest, size, shown = response.headers.get("Content-Length"), hashlib.sha256(), 0, time.monotonic()
-    while True:
-        try:  # read1 comes back with what is there, so that a server that drips cannot outlast the deadline
-            block = response.raw.read1(1 << 16, decode_content=False)
-        except (HTTPError, OSError) as error:
-            raise TryAgain(f"{response.url}: {type(error).__name__} after {size:,} bytes") from None
-        now, size = time.monotonic(), size + len(block)
-        if now > end:
-            raise OSError(f"{response.url}: too slow, given up after {size:,} bytes")
-        if size > max_bytes:
-            raise OSError(f"{response.url}: more than the allowed {max_bytes:,} bytes")
-        if not block:
-            break
-        digest.update(block)
-        file.write(block)
-        if now - shown > 2:
-            note(f"{response.url}: {size:,} bytes of {length or '?'}")
-            shown = now
-    if length is not None and length != str(size):
-        raise TryAgain(f"{response.url}: cut after {size:,} of {length} bytes")
-    return digest.hexdigest(), size
-
-
-def extract_member(archive, member, path, sha256):
-    """Write the one file `member` of a zip, and nothing else in it, to `path`; raises ValueError for a wrong one."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        with zipfile.ZipFile(archive) as zipped:
-            found = [info for info in zipped.infolist() if info.filename == member]
-            if len(found) != 1:
-                raise ValueError(f"{archive}: holds {len(found)} files named {member}, expected one")
-            with zipped.open(found[0]) as file:
-                content = file.read(MAX_BYTES + 1)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:  # RuntimeError: encrypted, unknown method
-        raise ValueError(f"{archive}: not a zip that can be read: {error}") from None
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{archive}: {member} is larger than the allowed {MAX_BYTES:,} bytes")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{archive}: {member} is not the expected file (sha256 {sha256})")
-    with atomic(path) as file:
-        file.write(content)
+        with requests.get(url, stream=True, timeout=(10, 30), headers=headers) as response:
+            status, wait = response.status_code, response.headers.get("Retry-After", "")
+            if status in (408, 429) or status >= 500:
+                return f"{url}: HTTP status {status}", float(wait) if wait.isdecimal() else 0.0, sha256
+            for answer in (*response.history, response):  # huggingface.co names it where it redirects to its storage
+                linked = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
+                sha256 = sha256 or (linked[1] if linked else "")
+            if status in (206, 416) and not sha256:  # the rest of another version would not be noticed
+                part.unlink(missing_ok=True)
+                return f"{url}: no sha256 to continue by", 0.0, sha256
+            if status == 416 and have:  # not a byte is missing
+                return "", 0.0, sha256
+            if status not in (200, 206):
+                raise OSError(f"{url}: HTTP status {status}")
+            part.touch()
+            with open(part, "r+b") as file:  # never emptied: another process may be writing the same bytes
+                size, length = file.seek(have if status == 206 else 0), response.headers.get("Content-Length", "")
+                total, shown = size + int(length) if length.isdecimal() else 0, time.monotonic()
+                # read1 returns what has arrived, so that a server that drips cannot outlast the deadline
+                for block in iter(lambda: response.raw.read1(1 << 16, decode_content=False), b""):
+                    size, now = size + file.write(block), time.monotonic()
+                    if now > end:
+                        raise OSError(f"{url}: too slow, given up after {size:,} bytes")
+                    if max(size, total) > max_bytes:
+                        part.unlink()
+                        raise ValueError(f"{url}: more than the allowed {max_bytes:,} bytes")
+                    if now - shown > 5:
+                        note(f"{url}: {size:,} of {total or '?'} bytes")
+                        shown = now
+                if total and size != total:
+                    return f"{url}: cut after {size:,} of {total:,} bytes", 0.0, sha256
+                file.truncate()
+    except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
+        return f"{url}: {type(error).__name__}", 0.0, sha256
+    return "", 0.0, sha256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading text
+# Text
 
-PIECE = 1 << 15  # bytes read at a time: long texts stream through memory in pieces of about this size
-MIXED = 1 << 12  # the same where several sources take turns: the smaller, the closer to their shares
+PIECE, MIXED = 1 << 17, 1 << 12  # bytes read at a time; fewer where sources take turns, to keep close to their shares
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders that `stdlib` leaves out
 # Where a text may be cut without changing its GPT-2 tokens: before a space or line end that a word follows, because
-# the pattern never joins what stands before such a place to what follows it.
-CUT = re.compile(r"(?s).*(?=[ \n]\w)")
+# the pattern never joins what stands before such a place to what follows it. So with words and characters.
+CUT, LINES, ANYWHERE = (re.compile(pattern, re.DOTALL) for pattern in (r".*(?=[ \n]\w)", r".*\n", r".*"))
+
+
+def ending(path):
+    """Return the ending of a file's name in lower case, not counting .gz: Notes.TXT.gz -> .txt."""
+    return Path(str(path).lower().removesuffix(".gz")).suffix
 
 
 def locate(source, kind):
-    """Return the path behind the name of a dataset of this kind, or a path; ValueError or FileNotFoundError if none."""
-    source = str(source)
+    """Return the path of a dataset of this kind, or of a file or folder; ValueError or FileNotFoundError if none."""
     if source in DATASETS:
-        if DATASETS[source].kind != kind:
-            raise ValueError(f"dataset {source} holds {DATASETS[source].kind}, not {kind}; see: python data.py list")
+        holds = DATASETS[source].kind
+        require(holds == kind, f"dataset {source} holds {holds}, not {kind}; see: python data.py list")
         return fetch(source)
-    if not source or not Path(source).exists():
+    if not str(source) or not Path(source).exists():
         raise FileNotFoundError(f"no such file or dataset: {source}; datasets: {', '.join(DATASETS)}")
     return Path(source)
 
 
-def decoded(path, size):
-    """Yield a UTF-8 file (unpacked if .gz) block by block as str with \\n line ends.
+def decoded(path, size=1 << 20, cut=ANYWHERE):
+    """Yield a UTF-8 file (unpacked if .gz) as str with \\n line ends, in pieces of about `size` bytes that fit `cut`.
 
     Raises ValueError with the offset of a byte that is not UTF-8."""
-    decoder, start = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True), 0
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        while True:
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    start, block, held, rest = 0, b"?", [], ""
+    with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as file:
+        while block:
             try:
                 block = file.read(size)
+                bad = start + block.index(b"\0") if b"\0" in block else None
+                text = decoder.decode(block, final=not block)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path}: damaged .gz file ({error})") from None
-            if start == 0 and block.startswith(codecs.BOM_UTF8):
-                note(f"{path}: the byte order mark at its start is dropped")
-                block, start = block[3:], 3
-            zero, bad = block.find(b"\0"), None
-            try:
-                text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:  # its offsets count from the bytes that the decoder held back
-                bad = len(block) - len(error.object) + error.start
-            if bad is not None or zero >= 0:
-                raise ValueError(f"{path}: not UTF-8 text at byte {start + (zero if bad is None else bad)}; convert it "
-                                 f"first (is it UTF-16, Latin-1 or no text at all?)")
-            if not block:
-                return
-            start += len(block)
-            yield text
+                bad = start + len(block) - len(error.object) + error.start
+            require(bad is None, f"{path}: not UTF-8 text at byte {bad}; convert it first (is it UTF-16?)")
+            start, text = start + len(block), rest + text
+            found = cut.match(text)
+            end = found.end() if found else len(text) - 1  # a cut may depend on the character behind it
+            held.append(text[:end])  # a list, because a long line in one string would be copied for every block
+            rest = text[end:]
+            if found:
+                yield "".join(held)
+                held = []
+    yield "".join([*held, rest])
 
 
-def read_text(path):
-    """Return a whole text file as a string; ValueError if it is empty."""
-    text = "".join(decoded(path, 1 << 20))
-    if not text:
-        raise ValueError(f"{path} is empty")
-    return text
-
-
-def pieces_of(path, size):
-    """Yield a text file in pieces of about `size` bytes that encode to the same tokens as the whole.
-
-    That holds for GPT-2's split pattern and for tokenizers that split at spaces or characters."""
-    held = ""
-    for text in decoded(path, size):
-        start = max(len(held) - 1, 0)
-        held += text  # in place in CPython, where `held + text` would copy a long line for every block
-        cut = CUT.match(held, start)  # only the new part is searched, or a long line would cost quadratic time
-        if cut and cut.end():
-            yield held[:cut.end()]
-            held = held[cut.end():]
-    if held:
-        yield held
-
-
-def files_below(root, skipped=()):
-    """Return the text files below a folder in order of their paths, without hidden ones and folders in `skipped`."""
-    found = []
+def files_of(source):
+    """Return the text files of a source in order of their paths; in a folder, hidden ones are left out."""
+    root, found = locate(source, "corpus"), []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found, key=Path.as_posix)
+        folders[:] = [name for name in folders if name[0] != "." and (source != "stdlib" or name not in SKIPPED)]
+        found += [Path(folder, name) for name in names if name[0] != "."]
+    paths = sorted((path for path in found if ending(path) in SUFFIXES), key=Path.as_posix)
+    if len(paths) < len(found) and source != "stdlib":
+        note(f"{root}: {len(paths):,} text files; {len(found) - len(paths):,} files of other kinds are not read")
+    require(paths or not root.is_dir(), f"{root} holds no {', '.join(SUFFIXES)} file")
+    require(paths or root.is_file(), f"{root} is a pipe or device, and text is read twice: save it to a file first")
+    require(ending(root) not in (".csv", ".tsv", ".json"),
+            f'{root} holds records, not text; put their text into a .jsonl file, a line {{"text": ...}} each')
+    return paths or [root]
 
 
-def documents_of(source, size=PIECE):
-    """Yield each document of a source (dataset, file or folder) as an iterable of pieces, of files of about `size`."""
+def pieces(source, size=PIECE):
+    """Yield (document number, piece of text) of a source (see `texts`) in order; ValueError if there is no text."""
+    source, number, empty = str(source), -1, True
     if source == "tinyworld":
-        yield from ((text,) for text in tinyworld("corpus", "train"))
-        return
-    if source == "tinyworld/instructions":  # for the tokenizer, which needs the words of questions too
-        for entry in tinyworld("instructions", "train", 36_000):
-            yield (format_prompt(entry, "plain") + format_response(entry["output"], "plain"),)
-        return
-    root = locate(source, "corpus")
-    paths = files_below(root, SKIPPED if source == "stdlib" else ()) if root.is_dir() else [root]
-    if not paths:
-        raise ValueError(f"{root} holds no {', '.join(SUFFIXES)} file")
-    for path in paths:
-        if Path(path.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv", ".json"):
-            raise ValueError(f"{path} holds records, not text to learn to write; put their text into a .jsonl file, a "
-                             'line {"text": ...} each, or into a .txt file')
-        if ".jsonl" in path.suffixes:
-            yield from ((text_field(entry, "text", where),) for where, entry in records(path))
-        else:
-            yield pieces_of(path, size)
+        yield from enumerate(tinyworld("corpus", "train"))
+    elif source == "tinyworld/instructions":  # for the tokenizer, which needs the words of questions too
+        for number, entry in enumerate(tinyworld("instructions", "train", 36_000)):
+            yield number, format_prompt(entry, "plain") + format_response(entry["output"], "plain")
+    elif source not in DATASETS and not os.path.exists(source) and re.search(r",|:[\d.]+$", source):
+        yield from enumerate(mixed(source))
+    else:
+        for path in files_of(source):
+            documents = [decoded(path, size, CUT)]
+            if ending(path) == ".jsonl":
+                documents = ([text_field(entry, "text", place)] for place, entry in records(path))
+            for number, document in enumerate(documents, number + 1):
+                for piece in filter(None, document):
+                    yield number, piece
+                    empty = False
+        require(not empty, f"{source} is empty: it holds no text")
 
 
-def parse_mix(source):
-    """Return [(source, weight)] of `a:0.3,b:0.7`; a part without a weight has 1."""
-    if source in DATASETS or os.path.exists(source):
-        return [(source, 1.0)]
-    parts = []
-    for item in source.split(","):
-        name, _, weight = item.rpartition(":")
-        try:
-            part = (name, float(weight)) if name else (item, 1.0)
-        except ValueError:  # the colon belongs to the path, as in C:\notes.txt, or the weight is none
-            part = (name, math.nan) if name in DATASETS or os.path.exists(name) else (item, 1.0)
-        if not 0 < part[1] < math.inf:
-            raise ValueError(f"{source}: the weight in {item!r} is not a positive number")
-        parts.append(part)
-    return parts
-
-
-def mix(parts):
-    """Yield pieces of several sources so that each has its share of the characters, until one of them runs out."""
-    streams = [(piece for document in documents_of(name, MIXED) for piece in document) for name, _ in parts]
+def mixed(source):
+    """Yield pieces of the sources of `a:0.3,b:0.7`, each with its share of the characters, until one runs out."""
+    parts = [re.fullmatch(r"\s*(.*?)(?::([\d.]+))?\s*", item).groups("1") for item in source.split(",")]
+    streams, weights = [pieces(name, MIXED) for name, _ in parts], [float(weight) for _, weight in parts]
     given = [0] * len(parts)
+    require(all(weights), f"{source}: a weight is not a positive number")
     while True:
-        turn = min(range(len(parts)), key=lambda i: given[i] / parts[i][1])  # who lags most behind its share
-        piece = next(streams[turn], None)
+        turn = min(range(len(parts)), key=lambda i: given[i] / weights[i])  # the one furthest behind its share
+        _, piece = next(streams[turn], (0, None))
         if piece is None:
             return
         given[turn] += len(piece)
         yield piece
 
 
-def pieces(source):
-    """Yield (document number, piece of text) of a source, in order; what `texts` joins and `prepare` encodes.
-
-    Raises ValueError if it holds no text at all."""
-    parts = parse_mix(str(source))
-    documents = documents_of(parts[0][0]) if len(parts) == 1 else ((piece,) for piece in mix(parts))
-    characters = 0
-    for number, document in enumerate(documents):
-        for piece in document:
-            characters += len(piece)
-            yield number, piece
-    if not characters:
-        raise ValueError(f"{source} is empty: it holds no text")
-
-
 def texts(source):
-    """Yield the documents of a source as strings.
-
-    A source is a dataset's name (which goes before a file of that name), tinyworld/instructions (its questions and
-    answers), a file, a folder (its .txt, .md, .py and .jsonl files in order of their paths, hidden ones left out), a
-    .jsonl file (one document a line), or a mix `a:0.3,b:0.7`: 30% of the characters from a, 70% from b, taken in turns
-    and ended when one of them runs out; files of a mix come as documents of about 4,000 characters."""
+    """Yield the documents of a source as strings: a dataset's name, tinyworld/instructions, a file, a folder (its .txt,
+    .md, .py and .jsonl files in order of their paths), a .jsonl file (a document per line), or a mixture `a:0.3,b:0.7`
+    (pieces of 4,000 characters, 30% of all from a and 70% from b, in turns until one of them runs out)."""
     for _, document in itertools.groupby(pieces(source), key=lambda item: item[0]):
         yield "".join(piece for _, piece in document)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Token files, windows and splits
+# Records: labels, instructions, preferences
+
+
+def lines_of(path):
+    """Yield (place, line) for each line of a text file that is not blank, reading a MiB at a time."""
+    number = 0
+    for text in decoded(path, cut=LINES):
+        # splitlines would also cut at characters inside a JSON string
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), number + 1):
+            if line.strip():
+                yield f"{path} line {number}", line
+
+
+def csv_rows(path):
+    """Yield (place, dict) for each row of a .csv file with a header; strict, so that a lost quote swallows no rows."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts above 131,072 characters
+    reader, header, start = csv.reader(io.StringIO("".join(decoded(path)), newline=""), strict=True), None, 1
+    try:
+        for row in reader:
+            if header is None:
+                header = [name.strip().lower() for name in row]
+            elif row:
+                require(len(row) == len(header), f"{path} row {start}: {len(row)} columns, expected {len(header)}")
+                yield f"{path} row {start}", dict(zip(header, row))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path} row {start}: {error}") from None
+
+
+def parse_json(text, place):
+    """Return the value of a JSON text; ValueError names the place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON: {error}") from None
+
+
+def records(path):
+    """Yield (place, dict) for each .csv row, .jsonl line, object of a .json list, or label<TAB>text line of other files
+    (quotes mean nothing there). A ValueError names the place of what is malformed."""
+    kind, place = ending(path), None
+    if kind == ".csv":
+        entries = csv_rows(path)
+    elif kind == ".jsonl":
+        entries = ((place, parse_json(line, place)) for place, line in lines_of(path))
+    elif kind == ".json":
+        content = parse_json("".join(decoded(path)), path)
+        require(isinstance(content, list), f"{path}: expected a list of objects, got {type(content).__name__}")
+        entries = ((f"{path}[{number}]", entry) for number, entry in enumerate(content))
+    else:
+        entries = ((place, dict(zip(("label", "text"), line.split("\t", 1)))) for place, line in lines_of(path))
+    for place, entry in entries:
+        require(isinstance(entry, dict), f"{place}: expected an object, got {type(entry).__name__}")
+        yield place, entry
+    require(place is not None, f"{path} is empty: it holds no entries")
+
+
+def text_field(entry, key, place, default=None):
+    """Return entry[key], which must be a string; `default`, where given, stands for a missing key and for null."""
+    value = default if entry.get(key) is None else entry[key]
+    problem = f"must be text, not {type(value).__name__}" if key in entry else "is missing"
+    require(isinstance(value, str), f"{place}: {key!r} {problem}")
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)  # half a character: legal in JSON's escapes, but no text
+
+
+def read_labelled(source, labels=None):
+    """Return the (label, text) pairs of a labeled file or dataset; ValueError for a label that is not in `labels`."""
+    pairs = []
+    for place, entry in records(locate(source, "messages")):
+        label = str(entry["label"]) if type(entry.get("label")) is int else text_field(entry, "label", place).strip()
+        text = text_field(entry, "text", place)
+        require(label and text.strip(), f"{place}: expected a label and a text, got {label!r} and {text[:80]!r}")
+        if not pairs and (label.lower(), text.lower()) == ("label", "text"):  # a header
+            continue
+        require(label in (labels or [label]), f"{place}: label {label!r}; the model knows {', '.join(labels or ())}")
+        pairs.append((label, text))
+    require(pairs, f"{source} is empty: it holds no rows")
+    return pairs
+
+
+def read_instructions(source):
+    """Return the entries of an instruction file or dataset, dicts of strings: `instruction`, `input` ("" if missing or
+    null), `output`, and `kind` where it is text."""
+    entries = []
+    for place, entry in records(locate(source, "instructions")):
+        fields = {key: text_field(entry, key, place) for key in ("instruction", "output")}
+        kind = {"kind": entry["kind"]} if isinstance(entry.get("kind"), str) else {}
+        entries.append({**fields, "input": text_field(entry, "input", place, default=""), **kind})
+    return entries
+
+
+def read_preferences(source):
+    """Return the pairs of a preference file or dataset, each as `preference` makes it; those left out are counted."""
+    pairs = [preference(entry, place) for place, entry in records(locate(source, "preferences"))]
+    usable = [pair for pair in pairs if pair is not None]
+    if len(usable) < len(pairs):
+        note(f"{source}: {len(pairs) - len(usable)} of {len(pairs)} pairs left out: prompts differ or no chosen answer")
+    require(usable, f"{source}: no pair has one prompt and a chosen answer")
+    return usable
+
+
+def preference(entry, place="entry"):
+    """Return one comparison as a dict of strings: instruction, input, prompt, chosen, rejected.
+
+    Answers are `response_1`, `response_2` and `preferred` (1 or 2), or `chosen` and `rejected`; the question `prompt`,
+    or `instruction` with `input`, or, in HH-RLHF's form, the part of both transcripts up to the last "Assistant:" (a
+    human turn after it is cut off). None if these parts differ or the chosen answer is empty."""
+    keys = ("chosen", "rejected")
+    if "preferred" in entry or "response_1" in entry:
+        first = entry.get("preferred")
+        require(type(first) is int and first in (1, 2), f"{place}: 'preferred' must be 1 or 2, not {first!r}")
+        keys = (f"response_{first}", f"response_{3 - first}")
+    chosen, rejected = (text_field(entry, key, place) for key in keys)
+    if "instruction" in entry or "prompt" in entry:
+        instruction = other = text_field(entry, "instruction" if "instruction" in entry else "prompt", place)
+    else:
+        instruction, mark, chosen = chosen.rpartition("\n\nAssistant:")
+        other, _, rejected = rejected.rpartition("\n\nAssistant:")
+        require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
+        instruction, other = instruction.strip(), other.strip()
+        chosen, rejected = (answer.partition("\n\nHuman:")[0].strip() for answer in (chosen, rejected))
+    if instruction != other or not chosen.strip():
+        return None
+    question = {"instruction": instruction, "input": text_field(entry, "input", place, default="")}
+    return {**question, "prompt": prompt_of(question), "chosen": chosen, "rejected": rejected}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token files
 
 PREPARED = Path("data/prepared")  # here even if $DATA_DIR is elsewhere, which may be read-only
-FORMAT = 1  # part of the fingerprint: raise it when the same text would be written otherwise
+
+
+def json_sha256(value):
+    """Return the sha256 of a value's JSON, which does not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(source, tokenizer):
     """Return the folder with train.bin and val.bin of a source, encoding it unless that was done before.
 
-    The last 10% of the documents are for validation; of a single document, the last 10% of its characters. Each
-    document is followed by the tokenizer's end of text, unless there is only one document."""
-    builtin = str(source) == "tinyworld"  # its text takes seconds to make, so the code that makes it stands for it
-    survey = None if builtin else take_survey(pieces(source))
-    lasting = {key: value for key, value in tokenizer.to_dict().items() if key not in ("made", "sha256")}
-    vocabulary = json_sha256(lasting)
-    name = json_sha256([FORMAT, file_sha256(__file__) if builtin else survey["sha256"], vocabulary])[:16]
-    if intact(PREPARED / name):
-        return PREPARED / name
+    The last 10% of the documents, or of a single one's characters, are for validation; several documents are each
+    followed by the tokenizer's end of text."""
+    from gpt import file_sha256, write_json
+
+    builtin, survey, again, found = str(source) == "tinyworld", {}, {}, {}
+    if not builtin:
+        deque(surveyed(pieces(source), survey), maxlen=0)
+    text = file_sha256(__file__) if builtin else survey["sha256"]  # of text that takes seconds to generate: its code
+    vocabulary = {key: value for key, value in tokenizer.to_dict().items() if key not in ("made", "info", "sha256")}
+    vocabulary = json_sha256(vocabulary)
+    folder = PREPARED / json_sha256([text, vocabulary])[:16]
+    try:
+        for part in ("train", "val"):
+            load_tokens(folder / f"{part}.bin")
+        return folder
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        note(f"{error}; it is made again")
     content = list(pieces(source)) if builtin else pieces(source)
-    survey = survey or take_survey(content)
-    made = {"source": str(source), "source_sha256": survey["sha256"], "tokenizer_sha256": vocabulary,
+    if builtin:
+        deque(surveyed(content, survey), maxlen=0)
+    items = divide(surveyed(content, again), survey)
+    for part, group in itertools.groupby(items, key=lambda item: item[0]):
+        found[part] = write_tokens(folder / f"{part}.bin", group, tokenizer, survey["documents"] > 1)
+    require(survey == again, f"{source} changed while it was read; run again")
+    require(len(found) == 2, f"{source}: {survey['characters']} characters are too few to split off a validation part")
+    info = {"source": str(source), "source_sha256": survey["sha256"], "tokenizer_sha256": vocabulary,
             "vocab_size": tokenizer.vocab_size}
-    PREPARED.mkdir(parents=True, exist_ok=True)
-    sweep(PREPARED, ".tmp-*")
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=PREPARED) as temporary:
-        folder = Path(temporary) / name
-        folder.mkdir()
-        for part, items in itertools.groupby(divide(content, survey), key=lambda item: item[0]):
-            write_tokens(folder / f"{part}.bin", items, tokenizer, survey["documents"] > 1, made)
-        if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
-            raise ValueError(f"{source}: {survey['characters']} characters are too few to split off a validation part")
-        try:
-            os.replace(folder, PREPARED / name)
-        except OSError:  # another process was faster, and made the same
-            if not intact(PREPARED / name):
-                raise
-    return PREPARED / name
+    for part, counts in found.items():  # written last, as they make the files valid
+        about = {**info, **counts}
+        write_json(folder / f"{part}.json", {**about, "sum": json_sha256(about)})
+    return folder
 
 
-def json_sha256(value):
-    """Return the sha256 of a value's JSON, which depends on no order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def take_survey(content):
-    """Return the counts and the sha256 of (document number, piece) items, in one pass."""
+def surveyed(content, survey):
+    """Yield (document number, piece) items; when they end, `survey` holds their counts and sha256."""
     digest, documents, characters = hashlib.sha256(), 0, 0
     for number, piece in content:
-        digest.update(b"\0" * (number + 1 - documents) + piece.encode())  # no text holds a zero, so it marks documents
+        digest.update(f"{number} {len(piece)}\n{piece}".encode())  # with lengths no two lists of documents look alike
         documents, characters = number + 1, characters + len(piece)
-    return {"documents": documents, "characters": characters, "sha256": digest.hexdigest()}
+        yield number, piece
+    survey.update(documents=documents, characters=characters, sha256=digest.hexdigest())
 
 
-def divide(content, survey):
+def divide(items, survey):
     """Yield ("train" or "val", document number, piece): the first 90% of documents, or of one's characters, train."""
     single, seen = survey["documents"] == 1, 0
     border = survey["characters" if single else "documents"] * 9 // 10
-    for number, piece in content:
+    for number, piece in items:
         cut = border - seen if single else len(piece) * (number < border)
         cut, seen = min(max(cut, 0), len(piece)), seen + len(piece)
         if cut:
@@ -560,127 +513,69 @@ def divide(content, survey):
             yield "val", number, piece[cut:]
 
 
-def write_tokens(path, items, tokenizer, joined, made):
-    """Write the tokens of (part, number, piece) items to `path`, and the counts to the .json beside it."""
-    wide = tokenizer.vocab_size > 1 << 16
-    count, digest, shown = Counter(), hashlib.sha256(), time.monotonic()
-    with atomic(path) as file:
-        ahead = encoded(((number, piece) for _, number, piece in items), tokenizer)
-        for _, document in itertools.groupby(ahead, key=lambda item: item[0]):
-            for _, piece, ids in document:
-                add_tokens(file, digest, ids, tokenizer.vocab_size, wide)
+def write_tokens(path, items, tokenizer, joined):
+    """Return counts and sha256 of a token file after writing it from (part, document number, piece) items."""
+    from gpt import replacing
+
+    dtype, code = ("uint32", "I") if tokenizer.vocab_size > 1 << 16 else ("uint16", "H")
+    end = [tokenizer.eot_id] if joined and tokenizer.eot_id is not None else []
+    count, digest = Counter(), hashlib.sha256()
+    with replacing(path) as file:
+        for _, document in itertools.groupby(items, key=lambda item: item[1]):
+            for _, _, piece in itertools.chain(document, [(None, None, "")]):
+                ids = tokenizer.encode_array(piece) if piece else end
+                require(max(ids, default=0) < tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary")
+                numbers = array.array(code, ids)
+                digest.update(numbers)
+                file.write(numbers)
                 count.update(tokens=len(ids), characters=len(piece), bytes=len(piece.encode()))
-                if time.monotonic() - shown > 2:
-                    note(f"{path.stem}: {count['tokens']:,} tokens, {count['characters']:,} characters")
-                    shown = time.monotonic()
             count.update(documents=1)
-            if joined and tokenizer.eot_id is not None:
-                add_tokens(file, digest, [tokenizer.eot_id], tokenizer.vocab_size, wide)
-                count.update(tokens=1)
-        if not count["tokens"]:
-            raise ValueError(f"the {path.stem} split of {made['source']} has no tokens: more text is needed")
-    about = {**made, **count, "dtype": "uint32" if wide else "uint16", "sha256": digest.hexdigest()}
-    with atomic(path.with_suffix(".json")) as file:  # its own sum lets damage show here too
-        file.write((json.dumps({**about, "sum": json_sha256(about)}, indent=1) + "\n").encode())
-
-
-def encoded(items, tokenizer):
-    """Yield (document number, piece, its ids) of (document number, piece) items, in order.
-
-    Threads encode long pieces ahead, as tiktoken lets go of the interpreter; elsewhere they would only cost."""
-    long = 10_000 if getattr(tokenizer, "fast", None) else math.inf  # made here, where there is but one thread
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        waiting = collections.deque()
-        for number, piece in items:
-            waiting.append((number, piece, pool.submit(tokenizer.encode_array, piece) if len(piece) >= long else None))
-            if len(waiting) > 16:
-                number, piece, job = waiting.popleft()
-                yield number, piece, job.result() if job else tokenizer.encode_array(piece)
-        for number, piece, job in waiting:
-            yield number, piece, job.result() if job else tokenizer.encode_array(piece)
-
-
-def add_tokens(file, digest, ids, vocab_size, wide):
-    """Append ids to a token file and to its sum; raises ValueError for an id outside the vocabulary."""
-    fast = isinstance(ids, array.array) and ids.itemsize == 4 and len(ids)  # no Python number of a token is made
-    if fast:
-        low, high = torch.frombuffer(ids, dtype=torch.int32).aminmax()
-    else:
-        low, high = min(ids, default=0), max(ids, default=0)
-    if not 0 <= low <= high < vocab_size:
-        raise ValueError(f"the tokenizer gave an id outside its vocabulary of {vocab_size:,}: {max(ids)}")
-    if fast and not wide:
-        numbers = memoryview(ids).cast("B").cast("H")[::2].tobytes()  # the low halves: all here is little-endian
-    else:
-        numbers = array.array("I" if wide else "H", ids)
-    digest.update(numbers)
-    file.write(numbers)
-
-
-def intact(folder):
-    """Return True if a prepared folder can be used; a damaged one is reported and removed."""
-    if not folder.exists():
-        return False
-    try:
-        for part in ("train", "val"):
-            load_tokens(folder / f"{part}.bin")
-        return True
-    except (OSError, ValueError) as error:
-        note(f"{error}; it is made again")
-        shutil.rmtree(folder)
-        return False
+    require(count["tokens"], f"the {path.stem} split has no tokens: more text is needed")
+    return {**count, "dtype": dtype, "sha256": digest.hexdigest()}
 
 
 def token_info(path):
-    """Return what the .json beside a token file says, a dict: tokens, documents, characters, bytes, vocab_size, dtype,
-    source, source_sha256, tokenizer_sha256.
+    """Return the facts beside a token file: tokens, documents, characters, bytes, vocab_size, dtype, source, hashes.
 
     Bits per byte = mean loss in nats x tokens / (ln 2 x bytes)."""
     path = Path(path).with_suffix(".json")
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; make it with: python data.py prepare")
-    info = parse_json(read_text(path), path)
-    if not isinstance(info, dict) or info.pop("sum", None) != json_sha256(info):
-        raise ValueError(f"{path}: damaged; remove its folder and run: python data.py prepare")
+    info = parse_json("".join(decoded(path)), path)
+    intact = isinstance(info, dict) and info.pop("sum", None) == json_sha256(info)
+    require(intact, f"{path}: damaged; run: python data.py prepare")
     return info
 
 
 def load_tokens(path):
-    """Return a token file as a mapped 1-D tensor (uint16 or uint32) after checking size, sum and ids.
+    """Return a token file as a mapped 1-D tensor (uint16 or uint32); ValueError if it is not what was written."""
+    from gpt import file_sha256
 
-    Raises ValueError if anything does not fit the .json beside it."""
     path, info = Path(path), token_info(path)
-    dtype = getattr(torch, info["dtype"])
-    expected, size = info["tokens"] * dtype.itemsize, path.stat().st_size
-    if size != expected:
-        raise ValueError(f"{path}: expected {expected:,} bytes, got {size:,}")
-    if file_sha256(path) != info["sha256"]:
-        raise ValueError(f"{path}: damaged, its sha256 is not the one in {path.stem}.json")
-    tokens = torch.from_file(str(path), shared=False, size=info["tokens"], dtype=dtype)
-    highest = max(int(block.to(torch.int64).max()) for block in tokens.split(1 << 20))
-    if highest >= info["vocab_size"]:
-        raise ValueError(f"{path}: holds token {highest}, but its vocabulary ends at {info['vocab_size'] - 1}")
-    return tokens
+    require(file_sha256(path) == info["sha256"], f"{path}: damaged, its sha256 is not the one in {path.stem}.json")
+    return torch.from_file(str(path), shared=False, size=info["tokens"], dtype=getattr(torch, info["dtype"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows, order, splits
 
 
 class SlidingWindowDataset(torch.utils.data.Dataset):
-    """Windows of `context_length` tokens, `stride` apart, as pairs (ids, targets): the targets are one token later.
+    """Windows of `context_length` tokens, `stride` apart, as pairs (ids, targets), int64: targets are a token later.
 
-    Where the last full window would leave tokens over, one more window ends at the last token, and its targets that an
-    earlier window has had are IGNORE: with stride = context_length every token but the first is a target exactly once.
-    `tail=False` leaves that window out. `tokens` is a 1-D tensor of any integer type; all pairs are int64."""
+    `tokens` is a 1-D tensor of integers. Where the last full window leaves tokens over, one more (unless tail=False)
+    ends at the last token, and its targets that an earlier window has are IGNORE: with stride = context_length every
+    token but the first is a target exactly once."""
 
     def __init__(self, tokens, context_length, stride, tail=True):
-        if context_length < 1 or stride < 1:
-            raise ValueError(f"context_length {context_length} and stride {stride} must be at least 1")
-        if len(tokens) <= context_length:
-            raise ValueError(f"have {len(tokens):,} tokens, need at least {context_length + 1:,} for one window: give "
-                             f"more text or lower --context_length")
+        require(min(context_length, stride) > 0, f"context_length {context_length} or stride {stride} is below 1")
+        require(len(tokens) > context_length, f"have {len(tokens):,} tokens, need at least {context_length + 1:,} for "
+                f"one window: give more text or lower --context_length")
         self.windows = tokens.unfold(0, context_length + 1, 1)  # a view of every window there is; nothing is copied
         self.stride, self.full = stride, (len(self.windows) - 1) // stride + 1
         covered = (self.full - 1) * stride + context_length  # the last target of the full windows
         self.tail = tail and stride <= context_length and covered < len(tokens) - 1
-        self.repeated = torch.arange(len(self.windows), len(tokens)) <= covered  # targets of the tail that were had
+        self.repeated = torch.arange(len(self.windows), len(tokens)) <= covered  # the tail's targets seen before
 
     def __len__(self):
         return self.full + self.tail
@@ -688,12 +583,11 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        ids, targets = self.batch(torch.tensor([index]))
-        return ids[0], targets[0]
+        return tuple(rows[0] for rows in self.batch([index]))
 
     def batch(self, indices):
         """Return (ids, targets), each (B, T) int64, of windows `indices` (B,), without a loop over them."""
-        indices = torch.as_tensor(indices)
+        indices = torch.as_tensor(indices, dtype=torch.int64)  # a process may have no rows
         windows = self.windows[(indices * self.stride).clamp(max=len(self.windows) - 1)].to(torch.int64)
         ids, targets = windows[:, :-1], windows[:, 1:]
         if self.tail:
@@ -712,207 +606,41 @@ def epoch_order(n, seed, epoch):
     return torch.randperm(n, generator=seeded("epoch", seed, epoch))
 
 
+def order_by_length(lengths, batch_size, seed, epoch, window=8):
+    """Return an epoch's order (n,) int64 in which the items of a batch have similar lengths, so that little is padding.
+
+    Stretches of `window` batches of `epoch_order` are sorted by `lengths` (n,), and the batches shuffled; what fills
+    no batch comes last. A wider window pads less, but its batches are less mixed, and less is learned."""
+    order, lengths = epoch_order(len(lengths), seed, epoch), torch.as_tensor(lengths)
+    full = len(order) // batch_size * batch_size
+    if not full:
+        return order
+    stretches = [part[lengths[part].argsort(stable=True)] for part in order[:full].split(window * batch_size)]
+    batches = torch.cat(stretches).view(-1, batch_size)
+    batches = batches[torch.randperm(len(batches), generator=seeded("batches", seed, epoch))]
+    return torch.cat([batches.flatten(), order[full:]])
+
+
 def split(items, train=0.85, val=0.05, seed=123, group=None):
     """Return three shuffled lists (train, val, test): the given shares of the items, and the rest.
 
-    `group` maps an item to a key; items with equal keys stay together, so that a prompt asked in training is never
-    tested. Shares are then met to within one group."""
-    if not (train >= 0 and val >= 0 and train + val <= 1 + 1e-9):
-        raise ValueError(f"train {train} and val {val} must be shares that add up to at most 1")
+    Items with equal keys group(item) stay together, so that a prompt of training is never tested."""
+    require(train >= 0 and val >= 0 and train + val <= 1 + 1e-9, f"train {train} and val {val} are not shares of 1")
     groups = {}
     for index, item in enumerate(items):
         groups.setdefault(index if group is None else group(item), []).append(item)
     groups = list(groups.values())
-    total = sum(len(members) for members in groups)
-    border = int(total * train + 1e-9)  # rounded down; 0.1 + 0.2 and the like are forgiven
-    borders = (border, border + int(total * val + 1e-9))
-    parts, done = ([], [], []), 0
+    total, done, parts = sum(map(len, groups)), 0, ([], [], [])
+    train_end = int(total * train + 1e-9)  # rounded down; 0.1 + 0.2 and the like are forgiven
+    val_end = train_end + int(total * val + 1e-9)
     for index in torch.randperm(len(groups), generator=seeded("split", seed)).tolist():
-        parts[(done >= borders[0]) + (done >= borders[1])].extend(groups[index])
+        parts[(done >= train_end) + (done >= val_end)].extend(groups[index])
         done += len(groups[index])
     return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records: labels, instructions, preferences
-
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: legal in JSON's escapes, but no text
-
-
-def parse_json(text, where):
-    """Return what strict JSON says: no NaN, no key twice in an object, no depth that breaks the parser."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def unique_keys(pairs):
-    """Return a JSON object as a dict; json itself would keep the last of two equal keys and say nothing."""
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
-    return dict(pairs)
-
-
-def refuse_constant(name):
-    """Raise ValueError for NaN and Infinity, which json reads though JSON has no such numbers."""
-    raise ValueError(f"{name} is not JSON")
-
-
-def records(path):
-    """Yield (where, dict) for each object of a .json list or of a .jsonl file's lines; ValueError names the place."""
-    if ".jsonl" in path.suffixes:
-        entries = ((f"{path} line {number}", line) for number, line in enumerate(lines_of(path), 1) if line.strip())
-        entries = ((where, parse_json(line, where)) for where, line in entries)
-    else:
-        content = parse_json(read_text(path), path)
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: expected a list of objects, got {type(content).__name__}")
-        entries = ((f"{path}[{number}]", entry) for number, entry in enumerate(content))
-    empty = True
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected an object, got {type(entry).__name__}")
-        yield where, entry
-        empty = False
-    if empty:
-        raise ValueError(f"{path} is empty: it holds no entries")
-
-
-def lines_of(path):
-    """Yield the lines of a text file without their ends, reading a MiB at a time."""
-    held = ""
-    for text in decoded(path, 1 << 20):
-        *lines, held = (held + text).split("\n")  # splitlines would also cut at characters inside a JSON string
-        yield from lines
-    if held:
-        yield held
-
-
-def text_field(entry, key, where):
-    """Return entry[key], which must be a string; ValueError names the place and the key."""
-    if key not in entry:
-        raise ValueError(f"{where}: the key {key!r} is missing")
-    if not isinstance(entry[key], str):
-        raise ValueError(f"{where}: {key!r} must be text, not {type(entry[key]).__name__}")
-    clean, count = SURROGATE.subn("\ufffd", entry[key])
-    if count:
-        note(f"{where}: {count} halves of characters in {key!r} replaced by U+FFFD")
-    return clean
-
-
-def read_labelled(source, labels=None):
-    """Return the rows of a labelled file or dataset as (label, text) pairs of strings.
-
-    Formats by name: .csv with a header naming `label` and `text`; .json and .jsonl with these keys; anything else is
-    label<TAB>text in which quotes mean nothing. A malformed row is a ValueError that names it."""
-    path = locate(source, "messages")
-    if ".csv" in path.suffixes:
-        rows = csv_rows(path)
-    elif {".json", ".jsonl"} & set(path.suffixes):
-        rows = ((where, str(entry["label"]) if type(entry.get("label")) is int else text_field(entry, "label", where),
-                 text_field(entry, "text", where)) for where, entry in records(path))
-    else:
-        rows = ((f"{path} row {number}", *line.split("\t", 1)) for number, line in enumerate(lines_of(path), 1) if line)
-    pairs = []
-    for where, *row in rows:
-        if len(row) != 2 or not row[0].strip() or not row[1].strip():
-            raise ValueError(f"{where}: expected a label and a text, got {' and '.join(map(repr, row))[:80]}")
-        pair = row[0].strip(), row[1]
-        if not pairs and tuple(map(str.lower, pair)) == ("label", "text"):  # a header
-            continue
-        if labels is not None and pair[0] not in labels:
-            raise ValueError(f"{where}: the label {pair[0]!r}; the model knows {', '.join(labels)}")
-        pairs.append(pair)
-    if not pairs:
-        raise ValueError(f"{path} is empty: it holds no rows")
-    return pairs
-
-
-def csv_rows(path):
-    """Yield (where, label, text) of a .csv file with a header; strict, so that a lost quote cannot swallow rows."""
-    reader, start = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
-    try:
-        header = next(reader)
-        if not {"label", "text"} <= set(header):
-            raise ValueError(f"{path}: the first row must name the columns label and text between commas, got "
-                             f"{header}")
-        start = reader.line_num + 1
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(f"{path} row {start}: {len(row)} columns, expected {len(header)}")
-            if row:
-                yield f"{path} row {start}", row[header.index("label")], row[header.index("text")]
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path} row {start}: {error}") from None
-
-
-def read_instructions(source):
-    """Return the entries of an instruction file or dataset, dicts with the strings `instruction`, `input`, `output`.
-
-    `input` may be missing and is then ""; other keys are kept. Raises ValueError with the entry and the key."""
-    entries = []
-    for where, entry in records(locate(source, "instructions")):
-        fields = {key: text_field(entry, key, where) for key in ("instruction", "output")}
-        fields["input"] = text_field({"input": "", **entry}, "input", where)
-        entries.append({**entry, **fields})
-    return entries
-
-
-def read_preferences(source):
-    """Return the pairs of a preference file or dataset, each as `preference` makes it.
-
-    HH-RLHF transcripts whose two sides differ before the last answer are left out and counted on stderr."""
-    pairs = [preference(entry, where) for where, entry in records(locate(source, "preferences"))]
-    whole = [pair for pair in pairs if pair is not None]
-    if len(whole) < len(pairs):
-        note(f"{source}: {len(pairs) - len(whole)} of {len(pairs)} transcripts left out, their prompts differ")
-    if not whole:
-        raise ValueError(f"{source}: in no entry do both transcripts answer the same prompt")
-    return whole
-
-
-def preference(entry, where="entry"):
-    """Return one comparison as a dict of strings: instruction, input, prompt, chosen, rejected.
-
-    Answers come as `response_1`, `response_2` and `preferred` (1 or 2), or as `chosen` and `rejected`; the question as
-    `prompt`, as `instruction` with `input`, or, in HH-RLHF's form, as the part of both transcripts up to the last
-    "Assistant:" (None if these parts differ). `prompt` is raw text, instruction and input on lines of their own; a
-    prompt given as such is the instruction, so that `format_prompt` takes every result."""
-    if "preferred" in entry or "response_1" in entry:
-        answers = text_field(entry, "response_1", where), text_field(entry, "response_2", where)
-        preferred = entry.get("preferred")
-        if type(preferred) is not int or preferred not in (1, 2):
-            raise ValueError(f"{where}: 'preferred' must be 1 or 2, not {preferred!r}")
-        chosen, rejected = answers if preferred == 1 else answers[::-1]
-    else:
-        chosen, rejected = text_field(entry, "chosen", where), text_field(entry, "rejected", where)
-    added = ""
-    if "instruction" in entry:
-        instruction = text_field(entry, "instruction", where)
-        added = text_field({"input": "", **entry}, "input", where)
-    elif "prompt" in entry:
-        instruction = text_field(entry, "prompt", where)
-    else:
-        instruction, mark, chosen = chosen.rpartition("\n\nAssistant:")
-        other, _, rejected = rejected.rpartition("\n\nAssistant:")
-        if not mark:
-            raise ValueError(f"{where}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
-        if other != instruction:
-            return None
-        instruction, chosen, rejected = instruction.strip(), chosen.strip(), rejected.strip()
-    asked = {"instruction": instruction, "input": added}
-    return {**asked, "prompt": prompt_of(asked), "chosen": chosen, "rejected": rejected}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Instructions: format and collation
+# Templates and batches of token lists
 
 # What stands before the instruction, before an input, after both, and before the response. `alpaca` is the wording of
 # Stanford Alpaca's prompt without input, which the book uses for all. `plain` costs three tokens: for a small context.
@@ -927,28 +655,23 @@ def format_prompt(entry, template):
     """Return the text a model is given: instruction (or `prompt`) and input in the words of a template.
 
     format_prompt({"instruction": "Add.", "input": "2 and 3"}, "plain") -> "Add.\\n 2 and 3\\n>" """
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; one of: {', '.join(TEMPLATES)}")
+    require(template in TEMPLATES, f"unknown template {template!r}; one of: {', '.join(TEMPLATES)}")
     before, between, after, _ = TEMPLATES[template]
     instruction = entry["instruction"] if "instruction" in entry else entry["prompt"]
     return before + instruction + (between + entry["input"] if entry.get("input") else "") + after
 
 
-def prompt_of(entry):
-    """Return the raw text of an example's question: its instruction and, on a second line, indented, its input.
+def format_response(text, template):
+    """Return a response as it follows a template's prompt. Encode the two apart: no token spans their border."""
+    return TEMPLATES[template][3] + text
 
-    That is what `plain` makes of both, so a prompt given as one text reaches the model as the same tokens."""
+
+def prompt_of(entry):
+    """Return the text of a question as in `plain`: the instruction and, indented on a line of its own, the input."""
     return entry["instruction"] + (TEMPLATES["plain"][1] + entry["input"] if entry.get("input") else "")
 
 
-def format_response(response, template):
-    """Return a response as it follows a template's prompt. Encode the two apart: no token spans their border."""
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; one of: {', '.join(TEMPLATES)}")
-    return TEMPLATES[template][3] + response
-
-
-def collate_instructions(batch, pad_id, max_length=None, eot_id=None):
+def collate(batch, pad_id, max_length=None, eot_id=None):
     """Return (ids, targets), each (B, T) int64, of token lists, padded to the longest or cut to `max_length`.
 
     An item is a list of ids without an end, or a pair (ids, prompt length) whose first so many tokens are no targets.
@@ -967,6 +690,14 @@ def collate_instructions(batch, pad_id, max_length=None, eot_id=None):
     return ids[:, :max_length], targets[:, :max_length]
 
 
+def pad_left(sequences, pad_id):
+    """Return (ids, mask), each (B, T) int64, of token lists that all end in the last column; mask is 0 at padding."""
+    width = max(map(len, sequences))
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in sequences]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in sequences]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tinyworld: a small consistent world, generated, seen four ways, and scored exactly.
 #
@@ -976,13 +707,13 @@ def collate_instructions(batch, pad_id, max_length=None, eot_id=None):
 #                                                                                       preferences   the better of two
 #
 # Words. Some 600 English ones in compact strings, and 255 invented ones ("blick", "zindle") that follow every rule:
-# whoever can form the plural of a word that does not exist has learnt the rule and not the list.
+# a model that forms the plural of a word that does not exist has learned the rule and not the list.
 # Rules. Every answer is computed, never stored, and is one sentence or word that ends with a full stop. The same
 # function makes the answer of an example and recomputes it, from the bare text of a prompt, in `gold_score`.
 # Tables. What a reader may want to change stands in tables of one template a line: TASKS (the questions), BEATS (the
 # sentences of stories), MESSAGES, MANNERS. A slot is written {like_this}.
 #
-# What is held out. `split_of(key)`, a checksum and no random number, sends each key to train, val or test for ever, in
+# What is held out. `split_of(key)`, a checksum and no random number, sends each key to train, val or test forever, in
 # all views and under all seeds:
 #   - sums, sets of numbers, measures, sentences, stories and lists: the key is the thing itself;
 #   - kinds about one word (plural, past, opposite, synonym, spelling, case, fact): the key is the word together with
@@ -992,7 +723,7 @@ def collate_instructions(batch, pad_id, max_length=None, eot_id=None):
 # yields (where a fox lives, what an opposite is, that a goose becomes geese), it tells of every word, in prose: there
 # only the question is held out, and an answer to it has to come from pretraining.
 #
-# Manners. An answer comes bare, courteous, curt or rambling: phrases around it that `strip_manner` takes off again.
+# Manners. An answer comes bare, courteous, curt or rambling: phrases around it that `strip_manner` removes.
 # The hidden rubric of the preferences (`gold_score`) wants it right first, then courteous, complete and not padded.
 
 
@@ -1822,7 +1553,7 @@ def _wrong(rng, entry, split):
 
 
 def _response(rng, entry, split):
-    """A response of any quality to the prompt of an example; training shows wrong ones oftener, the hardest to tell."""
+    """A response of any quality to the prompt of an example; training shows more wrong ones, the hardest to tell."""
     wrong = rng.random() < (0.12 if split == "train" else 0.06)
     text = _wrong(rng, entry, split) if wrong else entry["answer"]
     style = rng.choice("courteous courteous courteous bare bare curt rambling cut padded padded".split())
@@ -1899,7 +1630,7 @@ VIEWS = {  # how many of each by default: train, val, test
     "corpus": (10_000, 1_000, 1_000), "messages": (4_000, 500, 1_000), "instructions": (48_000, 1_000, 2_000),
     "preferences": (12_000, 500, 1_000),
 }
-SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the oftener
+SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often
     "story": 11, "add": 5, "fact": 4, "compare": 3, "count": 3, "passive": 2, "convert": 2, "case": 2, "spelling": 2,
     "past": 2, "plural": 2,
 }
@@ -1925,7 +1656,7 @@ def _items(view, split, rng, kinds):
 def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
-    Fewer where the kinds asked for have no n different questions outside training.
+    Fewer where these kinds have no n different questions outside training.
 
     corpus: documents. messages: (label, text). instructions: dicts with instruction, input, output, answer (bare),
     kind, manner and unseen. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores),
@@ -1952,161 +1683,69 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line. `Parser`, `explain` and `run` stand identically in every leaf, so that a file can be copied alone;
-# tests/test_layout.py compares them.
+# Command line
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, exit status 2, and name the nearest flag."""
-
-    def error(self, message):
-        flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []
-        self.exit(2, f"error: {message}; " + (f"did you mean {near[0]}?\n" if near else f"see {self.prog} --help\n"))
-
-
-def explain(error):
-    """Return an error as one line; one of the operating system's as path, reason and what to do."""
-    if isinstance(error, ImportError) and error.name:
-        name, ours = error.name.split(".")[0], "gpt tokenizer data lora gpt2_weights train finetune_cls finetune_sft"
-        return f"{error}; " + (f"copy {name}.py beside this file" if name in ours.split() else
-                               f"install it: python -m pip install --upgrade {name}")
-    if not isinstance(error, OSError) or not error.errno:
-        return " ".join(str(error).split())
-    place = "" if error.filename is None else f"{error.filename}: "
-    remedies = {errno.ENOSPC: "free some space there, or write to another disk",
-                errno.EROFS: "write to another folder", errno.EACCES: "change its permissions, or take another folder",
-                errno.ENOTDIR: "a part of this path is a file and no folder; take another path",
-                errno.EEXIST: "a file of this name is in the way; move it, or take another path",
-                errno.EISDIR: "name a file, not a folder", errno.ENOENT: "check the path",
-                errno.EIO: "the disk reports a fault; write to another one"}
-    return f"{place}{error.strerror}" + (f"; {remedies[error.errno]}" if error.errno in remedies else "")
-
-
-def run(doc, commands, argv=None):
-    """Run `script.py [command] [flags]` and return its exit status.
-
-    `commands` maps a word to (function, flags), the first word being the default; `flags` maps argparse names to
-    options. A user's mistake is one line on stderr: status 2 where the command line alone is wrong (argparse's errors,
-    and an `argparse.ArgumentError` raised by the function), 1 for a ValueError, OSError or ImportError found later."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    script = f"python {os.path.basename(__file__)}"
-    parsers = {}
-    for word, (function, flags) in commands.items():
-        parsers[word] = Parser(prog=f"{script} {word}", description=function.__doc__, allow_abbrev=False,
-                               formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 28))
-        for names, options in flags.items():
-            default, shown = options.get("default"), dict(options)
-            if type(default) in (int, float, str) and default != "":
-                shown["help"] += f" (default {default})"
-            if names.startswith("--") and not {"action", "choices"} & set(options):
-                shown["metavar"] = options.get("type", str).__name__
-            parsers[word].add_argument(*names.split(), **shown)
-        parsers[word].add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if argv[:1] in (["-h"], ["--help"]):
-        print(doc.strip(), *(parser.format_help().strip() for parser in parsers.values()), sep="\n\n")
-        return 0
-    word = argv.pop(0) if argv and not argv[0].startswith("-") else next(iter(commands))
-    if word not in parsers:
-        print(f"error: unknown command {word!r}; one of: {', '.join(parsers)}; see {script} --help", file=sys.stderr)
-        return 2
-    try:
-        args = parsers[word].parse_args(argv, argparse.Namespace(argv=[word, *argv]))
-    except SystemExit as stop:
-        return stop.code
-    try:
-        return commands[word][0](args) or 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output, `| head` for one, has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (argparse.ArgumentError, ValueError, OSError, ImportError) as error:
-        if args.debug:
-            raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, argparse.ArgumentError) else 1
+READERS = {"corpus": texts, "messages": read_labelled, "instructions": read_instructions,
+           "preferences": read_preferences}
+TELLING = {"label": "messages", "preferred": "preferences", "chosen": "preferences", "instruction": "instructions"}
 
 
 def list_command(args):
-    """List the datasets: what they hold, size, licence, and whether they are here."""
-    print(f"{'name':13}{'kind':14}{'size':13}{'licence':19}here")
-    for name, dataset in DATASETS.items():
-        here = "built in" if not dataset.file else "yes" if (data_dir() / dataset.file).exists() else "no"
-        print(f"{name:13}{dataset.kind:14}{dataset.size:13}{dataset.licence:19}{here}")
+    """List the datasets: what they hold, size, license, and whether they are downloaded."""
+    print(f"{'name':13}{'kind':14}{'size':13}{'license':19}here")
+    for name, (kind, size, license, _, file, *_) in DATASETS.items():
+        here = "built in" if not file else "yes" if Path(os.environ.get("DATA_DIR") or "data", file).exists() else "no"
+        print(f"{name:13}{kind:14}{size:13}{license:19}{here}")
 
 
 def get_command(args):
-    """Download a dataset into $DATA_DIR (default data/), unless it is there, and print its path, licence and source."""
-    path = fetch(args.name)
-    print(path)
-    print(f"licence: {DATASETS[args.name].licence}; please cite: {DATASETS[args.name].citation}")
+    """Download a dataset into $DATA_DIR (default data/), unless it is there, and print its path, license and source."""
+    print(fetch(args.name))
+    print(f"license: {DATASETS[args.name].license}; please cite: {DATASETS[args.name].citation}")
 
 
 def guess_view(name):
-    """Return how to read a dataset or file: as its name, its ending, or the keys of its first JSON object say."""
-    path = Path(name)
-    if name in DATASETS or not path.is_file():
-        return DATASETS[name].kind if name in DATASETS else "corpus"
-    keys = next(records(path))[1] if {".json", ".jsonl"} & set(path.suffixes) else ()
-    telling = {"label": "messages", "preferred": "preferences", "chosen": "preferences", "instruction": "instructions"}
-    found = "messages" if {".tsv", ".csv"} & set(path.suffixes) else "corpus"
-    return next((view for key, view in telling.items() if key in keys), found)
+    """Return how to read a dataset or file: as its name or the keys of its first record say, else as text."""
+    if name in DATASETS:
+        return DATASETS[name].kind.replace("all four", "corpus")
+    holds_records = ending(name) in (".csv", ".tsv", ".json", ".jsonl") and Path(name).is_file()
+    keys = next(records(Path(name)))[1] if holds_records else ()
+    return next((view for key, view in TELLING.items() if key in keys), "corpus")
 
 
 def show_command(args):
     """Print counts and samples of a dataset or a file."""
-    if args.samples < 0:
-        raise argparse.ArgumentError(None, f"--samples {args.samples} must be at least 0")
-    with contextlib.suppress(AttributeError):  # a terminal that cannot show a character gets its escape
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if args.name == "tinyworld":
-        items = tinyworld(args.view or "corpus", "train")
-    else:
-        items = READERS[args.view or guess_view(args.name)](args.name)
-    show_items(items, args.samples)
-
-
-def show_items(items, samples):
-    """Print how many items there are, what they hold by label, and the first few."""
+    view = args.view or guess_view(args.name)
     count, labels, first = Counter(), Counter(), []
-    for item in items:
-        fields = {"text": item} if isinstance(item, str) else item if isinstance(item, dict) else dict(
-            zip(("label", "text"), item))
-        count.update({key: len(value) for key, value in fields.items() if isinstance(value, str)})
-        labels.update([fields["label"]] if "label" in fields else [])
-        first += [fields] if len(first) < samples else []
-        count.update(items=1)
+    for item in tinyworld(view, "train") if args.name == "tinyworld" else READERS[view](args.name):
+        if not isinstance(item, dict):
+            item = {"text": item} if isinstance(item, str) else dict(zip(("label", "text"), item))
+        count.update({key: len(value) for key, value in item.items() if isinstance(value, str)}, items=1)
+        labels.update([item["label"]] if "label" in item else [])
+        first += [item] * (len(first) < args.samples)
     total = count.pop("items")
     print(f"{total:,} items; characters: " + ", ".join(f"{key} {size:,}" for key, size in count.items()))
     if labels:
         print("labels: " + ", ".join(f"{label} {n:,} ({n / total:.1%})" for label, n in labels.most_common()))
-    for fields in first:
-        print()
-        for key, value in fields.items():
-            shown = str(value)
-            print(f"{key}: {shown[:300]}" + ("..." if len(shown) > 300 else ""))
+    for item in first:
+        print("", *(f"{key}: {str(value)[:300]}" for key, value in item.items()), sep="\n")
 
 
 def prepare_command(args):
     """Encode text into token files for train.py and print where they are."""
     from tokenizer import load_tokenizer
 
-    start = time.monotonic()
     folder = prepare(args.data, load_tokenizer(args.tokenizer))
     for part in ("train", "val"):
         info = token_info(folder / f"{part}.bin")
         print(f"{folder / part}.bin: {info['tokens']:,} tokens of {info['bytes']:,} bytes in {info['documents']:,} "
-              f"documents, {info['bytes'] / info['tokens']:.2f} bytes a token")
-    note(f"{time.monotonic() - start:.1f} s")
-
-
-READERS = {"corpus": texts, "messages": read_labelled, "instructions": read_instructions,
-           "preferences": read_preferences}
+              f"documents, {info['bytes'] / info['tokens']:.2f} bytes per token")
 
 
 def main(argv=None):
     """Run the command line and return its exit status."""
+    from gpt import run
+
     return run(__doc__, {
         "list": (list_command, {}),
         "get": (get_command, {
@@ -2116,9 +1755,9 @@ def main(argv=None):
             "--view": dict(choices=list(READERS), help="which view of tinyworld, or how to read a file (else a guess)"),
             "--samples": dict(type=int, default=3, help="how many to print")}),
         "prepare": (prepare_command, {
-            "--data": dict(default="tinyworld", help="dataset, file, folder, or a mix such as a:0.3,b:0.7"),
+            "--data": dict(default="tinyworld", help="dataset, file, folder, or a mixture such as a:0.3,b:0.7"),
             "--tokenizer": dict(default="out/tokenizer/tokenizer.json", help="gpt2, or a file tokenizer.py wrote")}),
-    }, argv)
+    }, argv, __file__)
 
 
 if __name__ == "__main__":
