@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
+import gpt  # before torch, because it filters a warning
 import pytest
 import torch
 
-import gpt
+import data
 import gpt2_weights
-from gpt2_weights import crc32c, download, export_gpt2, load_gpt2, main, read_tf_checkpoint
+from gpt2_weights import export_gpt2, load_gpt2, main, read_tf_checkpoint
+from tokenizer import BPETokenizer, WordTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = gpt.GPTConfig(101, 16, 48, 4, 2, qkv_bias=True, tie_weights=True)
@@ -110,7 +111,8 @@ def test_a_config_with_the_exact_gelu_is_followed(tmp_path):
     """The logits are those of the exact form by hand."""
     tensors = gpt2_tensors()
     model = load_gpt2(hf_folder(tmp_path, tensors, activation_function="gelu"))
-    torch.testing.assert_close(model(IDS[:1])[0], gpt2_logits(tensors, IDS[0], approximate="none"), atol=2e-5, rtol=1e-5)
+    wanted = gpt2_logits(tensors, IDS[0], approximate="none")
+    torch.testing.assert_close(model(IDS[:1])[0], wanted, atol=2e-5, rtol=1e-5)
 
 
 def test_a_tied_head_shares_its_storage_and_an_untied_one_is_read(tmp_path):
@@ -126,27 +128,17 @@ def test_a_tied_head_shares_its_storage_and_an_untied_one_is_read(tmp_path):
         load_gpt2(hf_folder(tmp_path / "headless", tensors, tie_word_embeddings=False))
 
 
-@pytest.mark.parametrize("rows, config", [(128, {}), (50304, {"vocab_size": 50304}), (50304, {"vocab_size": 50257})])
-def test_a_padded_vocabulary_is_cropped(rows, config, tmp_path):
-    """Rows beyond the vocabulary are dropped, also where the config counts nanoGPT's 50,304."""
-    tensors = gpt2_tensors(V=rows)
-    model = load_gpt2(hf_folder(tmp_path, tensors, **config))
-    wanted = 101 if rows == 128 else 50257
-    assert model.config.vocab_size == wanted and model(IDS).shape == (2, 8, wanted)
-    assert torch.equal(model.tok_emb.weight, tensors["wte.weight"][:wanted])
-
-
-def test_the_context_can_be_cropped(tmp_path):
-    """Logits within the shorter context stay the same; beyond it the model refuses, and can be trained."""
-    folder = hf_folder(tmp_path, gpt2_tensors())
-    whole, short = load_gpt2(folder), load_gpt2(folder, context_length=8)
-    assert short.config == dataclasses.replace(TINY, context_length=8) and short.pos_emb.weight.requires_grad
-    assert torch.equal(short(IDS), whole(IDS))
-    with pytest.raises(ValueError, match="context of 8"):
-        short(torch.zeros(1, 9, dtype=torch.long))
-    for wrong in (0, 17):
-        with pytest.raises(ValueError, match="between 1 and the weights' 16"):
-            load_gpt2(folder, context_length=wrong)
+@pytest.mark.parametrize("rows", [50304, 50257, 128])
+def test_a_vocabulary_comes_back_whole(rows, tmp_path):
+    """Fault 6: 50,304 rows may be a vocabulary of one's own; the config says how many count, here and in a file."""
+    model = gpt.GPTModel(gpt.GPTConfig(rows, 8, 8, 2, 1, qkv_bias=True, tie_weights=True))
+    export_gpt2(model, tmp_path / "ours")
+    assert bits(load_gpt2(tmp_path / "ours")) == bits(model)
+    tensors = gpt2_tensors(V=rows, T=8, C=8, L=1)
+    folder = hf_folder(tmp_path / "theirs", tensors, vocab_size=rows, n_positions=8, n_embd=8, n_head=2, n_layer=1)
+    assert torch.equal(load_gpt2(folder).tok_emb.weight, tensors["wte.weight"])
+    with pytest.raises(ValueError, match=r"'wte.weight' has the shape \(.*, the config wants \(100, 8\)"):
+        load_gpt2(hf_folder(folder, tensors, vocab_size=100, n_positions=8, n_embd=8, n_head=2, n_layer=1))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -193,32 +185,52 @@ def test_a_config_that_is_no_json_object_is_refused(text, tmp_path):
         load_gpt2(folder)
 
 
-def test_without_a_config_the_four_published_widths_are_known():
-    """768 to 1,600 channels have 12 to 25 heads; another width needs its config.json."""
-    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        config = gpt.GPT_CONFIGS[name]
-        with torch.device("meta"):
-            tensors = {"transformer.wte.weight": torch.empty(50257, config.emb_dim), "h.0.ln_1.bias": torch.empty(1),
-                       "wpe.weight": torch.empty(1024, config.emb_dim),
-                       **{f"h.{i}.ln_1.weight": torch.empty(config.emb_dim) for i in range(config.n_layers)}}
-        assert gpt2_weights.config_from_shapes(tensors) == config
-    with pytest.raises(ValueError, match="width 48 needs its config.json"):
-        gpt2_weights.config_from_shapes(gpt2_tensors())
-    with pytest.raises(ValueError, match="no matrix 'wte.weight'"):
-        gpt2_weights.config_from_shapes({})
+def test_without_a_config_only_a_published_name_is_enough(small_gpt2, tmp_path):
+    """The name gives the sizes, and weights that do not have them are refused; a folder needs its config.json."""
+    wanted = bits(load_gpt2(small_gpt2))
+    (small_gpt2 / "config.json").unlink()
+    assert bits(load_gpt2("gpt2")) == wanted
+    with pytest.raises(ValueError, match="no config.json beside it"):
+        load_gpt2(small_gpt2)
 
 
-def test_shards_are_read_together(tmp_path):
-    """Large models lie in model-00001-of-00002.safetensors and so on."""
-    tensors = gpt2_tensors()
-    whole = load_gpt2(hf_folder(tmp_path / "whole", tensors))
-    folder = hf_folder(tmp_path / "shards", tensors)
+def sharded(folder, tensors, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+    """Return `folder` after writing tensors to two files, and an index that names them."""
+    hf_folder(folder, tensors)
     (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    for number, part in enumerate((names[:9], names[9:]), 1):
-        part = {name: tensors[name] for name in part}
-        gpt.write_safetensors(folder / f"model-0000{number}-of-00002.safetensors", part)
-    assert bits(load_gpt2(folder)) == bits(whole)
+    ordered, weight_map = sorted(tensors), {}
+    for name, part in zip(names, (ordered[:9], ordered[9:])):
+        gpt.write_safetensors(folder / name, {key: tensors[key] for key in part})
+        weight_map.update(dict.fromkeys(part, name))
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+                                   ("first.safetensors", "b.safetensors")])
+def test_exactly_the_files_that_an_index_names_are_read(names, tmp_path):
+    """Fault 5: older shards beside them count for nothing, whatever the files are called; a missing one is named."""
+    old, new = gpt2_tensors(seed=1), gpt2_tensors()
+    folder = sharded(tmp_path / "in", new, names)
+    for number, part in enumerate((sorted(old)[:5], sorted(old)[5:20], sorted(old)[20:]), 1):
+        gpt.write_safetensors(folder / f"model-0000{number}-of-00003.safetensors", {name: old[name] for name in part})
+    wanted = bits(load_gpt2(hf_folder(tmp_path / "whole", new)))
+    assert bits(load_gpt2(folder)) == bits(load_gpt2(folder / "model.safetensors.index.json")) == wanted
+    (folder / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=names[1]):
+        load_gpt2(folder)
+
+
+@pytest.mark.parametrize("index", [
+    "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"wte.weight": "../x.safetensors"}}',
+    '{"weight_map": {"wte.weight": "/x.safetensors"}}', '{"weight_map": {"wte.weight": 3}}', '{"weight_map": ["x"]}'])
+def test_an_index_that_names_no_files_beside_it_is_refused(index, tmp_path):
+    """One line with the path; a file outside the folder is never opened."""
+    folder = sharded(tmp_path, gpt2_tensors())
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(ValueError, match="index.json: its weight_map must give the name of a file beside it"):
+        load_gpt2(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "gpt2.pth"])
@@ -251,7 +263,7 @@ MEMORY = """
 import sys, threading, time
 sys.path.insert(0, {root!r})
 import gpt, gpt2_weights
-gpt.meta_model(gpt.GPTConfig(2, 1, 1, 1, 1))  # the first one makes torch 2.10 import sympy, 31 MB
+gpt.empty_model(gpt.GPTConfig(2, 1, 1, 1, 1), device="meta")  # the first one makes torch 2.10 import sympy, 31 MB
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -278,7 +290,7 @@ def test_loading_claims_little_more_memory_than_the_model(kind, tmp_path):
     """Anonymous memory grows by at most 1.15 times the model, 46 MB here, even where the file's data is not aligned."""
     tensors = gpt2_tensors(V=8000, T=64, C=256, L=12)
     if kind == "TensorFlow":
-        source = bundle(tmp_path, tensors, crc=crc_fast)
+        source = bundle(tmp_path, tensors)
     else:
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 512, 512)
         source = hf_folder(tmp_path, tensors, vocab_size=8000, n_positions=64, n_embd=256, n_layer=12)
@@ -294,26 +306,6 @@ def test_loading_claims_little_more_memory_than_the_model(kind, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # OpenAI's TensorFlow checkpoint, written here by hand
-
-
-def crc_slow(data):
-    """Return the CRC-32C bit by bit, straight from the definition."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-    return crc ^ 0xFFFFFFFF
-
-
-def crc_fast(data):
-    """Return the same by the function under test, for large files; the small ones go the slow way."""
-    return crc32c(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8))
-
-
-def masked(crc):
-    """Return a CRC as LevelDB stores it."""
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def number(value):
@@ -347,8 +339,7 @@ def block(pairs, restart=3, kind=0):
         before = key
     for place in restarts or [0]:
         out += place.to_bytes(4, "little")
-    out += len(restarts or [0]).to_bytes(4, "little") + bytes([kind])
-    return bytes(out) + masked(crc_slow(out)).to_bytes(4, "little")
+    return bytes(out) + len(restarts or [0]).to_bytes(4, "little") + bytes([kind]) + b"crc "  # which is not read
 
 
 def table(pairs, size=7, kind=0):
@@ -363,12 +354,12 @@ def table(pairs, size=7, kind=0):
     return bytes(out) + extras + index + footer.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
 
 
-def entry(tensor, offset, crc, dtype=1, shard=0, extra=b""):
+def entry(tensor, offset, dtype=1, shard=0, extra=b""):
     """Return the BundleEntryProto of a tensor."""
     shape = b"".join(field(2, field(1, n)) for n in tensor.shape)
     places = (field(3, shard) if shard else b"") + (field(4, offset) if offset else b"")  # a 0 is not written
     size = tensor.numel() * tensor.element_size()
-    return field(1, dtype) + field(2, shape) + places + field(5, size) + field(6, ("fixed", crc)) + extra
+    return field(1, dtype) + field(2, shape) + places + field(5, size) + field(6, ("fixed", 7)) + extra
 
 
 HEADER = field(1, 1) + field(3, field(1, 1))  # one shard, little-endian, version 1
@@ -384,78 +375,61 @@ def openai_name(name):
             "ln_f.bias": "model/ln_f/b"}[name]
 
 
-def bundle(folder, tensors, crc=crc_slow, header=HEADER, entries=None, kind=0, **hparams):
+def bundle(folder, tensors, header=HEADER, entries=None, kind=0, name="model.ckpt", **hparams):
     """Return `folder` after writing an OpenAI checkpoint; `entries` changes {name: bytes} of the index."""
     folder.mkdir(parents=True, exist_ok=True)
     named, data = {}, bytearray()
-    for name, tensor in sorted((openai_name(name), tensor) for name, tensor in tensors.items()):
-        tensor = tensor[None] if name.endswith("/w") else tensor  # (1, in, out)
-        raw = bytes(gpt.tensor_bytes(tensor.contiguous()))
-        named[name] = entry(tensor, len(data), masked(crc(raw)))
-        data += raw
-    pairs = [(b"", header)] + [(name.encode(), value) for name, value in sorted({**named, **(entries or {})}.items())]
-    (folder / "model.ckpt.index").write_bytes(table(pairs, kind=kind))
-    (folder / "model.ckpt.data-00000-of-00001").write_bytes(data)
+    for key, tensor in sorted((openai_name(key), tensor) for key, tensor in tensors.items()):
+        tensor = tensor[None] if key.endswith("/w") else tensor  # (1, in, out)
+        named[key] = entry(tensor, len(data))
+        data += bytes(gpt.tensor_bytes(tensor.contiguous()))
+    pairs = [(b"", header)] + [(key.encode(), value) for key, value in sorted({**named, **(entries or {})}.items())]
+    (folder / f"{name}.index").write_bytes(table(pairs, kind=kind))
+    (folder / f"{name}.data-00000-of-00001").write_bytes(data)
     V, C = tensors["wte.weight"].shape
-    layers = sum(name.endswith("ln_1.bias") for name in tensors)
+    layers = sum(key.endswith("ln_1.bias") for key in tensors)
     described = {"n_vocab": V, "n_ctx": len(tensors["wpe.weight"]), "n_embd": C, "n_head": 4, "n_layer": layers}
     (folder / "hparams.json").write_text(json.dumps({**described, **hparams}), encoding="utf-8")
     return folder
 
 
-@pytest.mark.parametrize("data, crc", [
-    (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E),
-    (bytes(range(31, -1, -1)), 0x113FDB5C), (b"123456789", 0xE3069283), (b"", 0)])
-def test_the_crc_is_that_of_the_standard(data, crc):
-    """RFC 3720, appendix B.4, and the check value of every table of CRCs."""
-    assert crc_fast(data) == crc_slow(data) == crc
-
-
-def test_the_crc_of_any_length_is_that_of_the_definition(monkeypatch):
-    """Registers side by side and chunks one after another change nothing, whatever the length."""
-    monkeypatch.setattr(gpt2_weights, "CRC_CHUNK", 3000)
-    data = bytes(torch.randint(0, 256, (10_007,), generator=torch.Generator().manual_seed(0)).tolist())
-    for length in (1, 2, 3, 4, 5, 63, 64, 65, 255, 256, 257, 1023, 2999, 3000, 3001, 6000, 6001, 10_007):
-        assert crc_fast(data[:length]) == crc_slow(data[:length]), length
-
-
 def test_both_formats_give_the_same_bits(tmp_path):
     """The same numbers as a TensorFlow checkpoint and as safetensors, over several blocks and shortened keys."""
     tensors = gpt2_tensors()
-    ours = load_gpt2(bundle(tmp_path / "tf", tensors, crc=crc_fast))
+    ours = load_gpt2(bundle(tmp_path / "tf", tensors))
     assert bits(ours) == bits(load_gpt2(hf_folder(tmp_path / "hf", tensors))) and ours.config == TINY
     found, hparams = read_tf_checkpoint(tmp_path / "tf")
     assert hparams["n_embd"] == 48 and found["model/h0/attn/c_attn/w"].shape == (1, 48, 144)
     assert bits(load_gpt2(tmp_path / "tf" / "model.ckpt.index")) == bits(ours)
 
 
-def test_every_flipped_byte_of_an_index_is_noticed(tmp_path):
-    """All bytes of a table of two blocks, one after another: each block has a CRC, and so has what the footer names."""
-    path, pairs = tmp_path / "x.index", [(b"", b"header"), (b"model/h0", b"one"), (b"model/h1", b"two")]
-    content = table(pairs, size=2)
-    path.write_bytes(content)
-    assert gpt2_weights.read_table(path) == pairs
-    for place in range(len(content)):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
-        with pytest.raises(ValueError):
-            gpt2_weights.read_table(path)
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError):
-            gpt2_weights.read_table(path)
+def test_a_damaged_index_ends_in_one_line(tmp_path):
+    """Every byte flipped, every length: a ValueError with the path, or tensors that fit, and nothing else."""
+    bundle(tmp_path, {name: tensor for name, tensor in gpt2_tensors(C=8, L=1).items() if name.startswith("w")})
+    path = tmp_path / "model.ckpt.index"
+    content, refused = path.read_bytes(), 0
+    damaged = [content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+               for place in range(len(content)) for bit in (0x10, 0x80)]
+    for bad in damaged + [content[:length] for length in range(len(content))]:
+        path.write_bytes(bad)
+        try:
+            read_tf_checkpoint(tmp_path)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 700
+            refused += 1
+    assert refused > len(content)  # the truncated ones, and more
 
 
-def test_damaged_data_names_the_tensor(tmp_path):
-    """A flipped bit anywhere in the weights, a file cut short, and a missing file are refused."""
+def test_data_that_is_cut_short_names_the_tensor(tmp_path):
+    """A file cut short, an empty and a missing one are refused."""
     bundle(tmp_path, gpt2_tensors(C=8, L=1))
     path = tmp_path / "model.ckpt.data-00000-of-00001"
     content = path.read_bytes()
-    for place in range(0, len(content), len(content) // 20):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(ValueError, match=r"model.ckpt.index: tensor 'model/.*damaged"):
-            load_gpt2(tmp_path)
     path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="tensor 'model/wte' .*does not fit"):
+    with pytest.raises(ValueError, match="model.ckpt.index .*'model/wte': .*does not fit"):
+        load_gpt2(tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="does not fit"):
         load_gpt2(tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="model.ckpt.data-00000-of-00001"):
@@ -467,38 +441,44 @@ FOUR = torch.zeros(4)
 
 @pytest.mark.parametrize("change, message", [
     (dict(header=field(1, 1) + field(2, 1)), "big-endian"),
-    (dict(header=b"\xff"), "cut off"),
-    (dict(kind=1), "compressed"),
-    (dict(entries={"model/x": entry(FOUR, 0, 0, dtype=7)}), "'model/x' has the type 7"),
-    (dict(entries={"model/x": entry(FOUR, 0, 0, dtype=3)}), "'model/x' has the type 3"),
-    (dict(entries={"model/x": b""}), "'model/x' has the type None"),
-    (dict(entries={"model/x": entry(FOUR, 0, 0, extra=field(7, b""))}), "'model/x' is stored in slices"),
-    (dict(entries={"model/x": entry(FOUR, 0, 0, shard=1)}), "'model/x' lies in data file 1"),
     (dict(header=field(1, 2)), "several data files"),
-    (dict(entries={"model/x": entry(FOUR, 2**62, 0)}), "'model/x' of shape .* does not fit"),
-    (dict(entries={"model/x": entry(FOUR, 2**70, 0)}), "'model/x' .*64 bits|does not fit"),
-    (dict(entries={"model/x": field(1, 1) + field(2, field(2, field(1, 2**62)) * 2) + field(5, 16)}), "/x' of shape"),
-    (dict(entries={"model/x": entry(FOUR, 0, 123)}), "'model/x' is damaged"),
-    (dict(entries={"model/x": field(1, b"text")}), "'model/x' has the type None"),
-    (dict(entries={"model/x": field(1, 1) + field(2, field(2, field(1, 1)) * 99) + field(5, 4)}), "'model/x' of shape"),
-    (dict(entries={"model/x": b"\x0b"}), "'model/x' .*unknown kind"),
-    (dict(entries={"model/x": b"\x12\x7f"}), "'model/x' .*cut off"),
-    (dict(entries={"model/x": b"\x80"}), "'model/x' .*cut off"),
+    (dict(header=b"\xff"), "'header'"),
+    (dict(kind=1), "compressed"),
+    (dict(entries={"model/x": entry(FOUR, 0, dtype=7)}), "'model/x': type 7"),
+    (dict(entries={"model/x": entry(FOUR, 0, dtype=3)}), "'model/x': type 3"),
+    (dict(entries={"model/x": b""}), "'model/x': type 0"),
+    (dict(entries={"model/x": entry(FOUR, 0, extra=field(7, b""))}), "'model/x': .*slices"),
+    (dict(entries={"model/x": entry(FOUR, 0, shard=1)}), "'model/x': .*data file 1"),
+    (dict(entries={"model/x": entry(FOUR, 2**62)}), "'model/x': its shape .* does not fit"),
+    (dict(entries={"model/x": entry(FOUR, 2**70)}), "'model/x': .*64 bits"),
+    (dict(entries={"model/x": entry(FOUR, 2)}), "'model/x': its shape .* does not fit the 16 bytes at 2"),
+    (dict(entries={"model/x": field(1, 1) + field(2, field(2, field(1, 2**62)) * 2) + field(5, 16)}), "/x': its shape"),
+    (dict(entries={"model/x": field(1, b"text")}), "'model/x': type"),
+    (dict(entries={"model/x": field(1, 1) + field(2, 5)}), "'model/x': "),
+    (dict(entries={"model/x": field(1, 1) + field(2, field(2, field(1, 1)) * 99) + field(5, 4)}), "/x': its shape"),
+    (dict(entries={"model/x": b"\x0b"}), "'model/x': 3"),
+    (dict(entries={"model/x": b"\x12\x7f"}), "'model/x': .*cut off"),
+    (dict(entries={"model/x": b"\x80"}), "'model/x': .*out of range"),
     (dict(n_embd=7), "n_heads"),
     (dict(n_layer=2), "no tensor 'h.1.ln_1.weight'"),
 ])
 def test_a_checkpoint_that_breaks_a_rule_is_refused(change, message, tmp_path):
-    """With sound CRCs but impossible content: the message names the rule and the tensor, nothing is claimed for it."""
+    """Impossible content: the message names the rule and the tensor, and no memory is claimed for it."""
     with pytest.raises(ValueError, match=message):
         load_gpt2(bundle(tmp_path, gpt2_tensors(C=8, L=1), **change))
 
 
-def test_a_second_index_or_none_is_refused(tmp_path):
-    """Which one is meant cannot be known."""
-    bundle(tmp_path, gpt2_tensors(C=8, L=1))
-    (tmp_path / "model-2.index").write_bytes(b"")
-    with pytest.raises(ValueError, match="one .index file, not 2"):
-        load_gpt2(tmp_path)
+def test_of_several_checkpoints_the_named_one_is_taken(tmp_path):
+    """Fault 36: model-200.index beside model-100.index, by its name; a folder of two is refused."""
+    for seed, name in ((1, "model-100"), (2, "model-200")):
+        bundle(tmp_path / "both", gpt2_tensors(seed=seed), name=name)
+        bundle(tmp_path / name, gpt2_tensors(seed=seed))
+        assert bits(load_gpt2(tmp_path / "both" / f"{name}.index")) == bits(load_gpt2(tmp_path / name))
+    with pytest.raises(ValueError, match="one .index file, not 2; name the one to read"):
+        load_gpt2(tmp_path / "both")
+    out = tmp_path / "out.safetensors"
+    assert main(["import", "--source", str(tmp_path / "both" / "model-100.index"), "--out", str(out)]) == 0
+    assert bits(gpt.load_checkpoint(out)[0]) == bits(load_gpt2(tmp_path / "model-100"))
 
 
 @pytest.mark.peer
@@ -509,7 +489,7 @@ def test_a_checkpoint_written_by_tensorflow_is_read(tmp_path):
                for name, tensor in gpt2_tensors().items()}
     tensorflow.raw_ops.SaveV2(prefix=str(tmp_path / "model.ckpt"), tensor_names=list(tensors),
                               shape_and_slices=[""] * len(tensors), tensors=[t.numpy() for t in tensors.values()])
-    bundle(tmp_path / "ours", gpt2_tensors(), crc=crc_fast)
+    bundle(tmp_path / "ours", gpt2_tensors())
     (tmp_path / "ours" / "hparams.json").rename(tmp_path / "hparams.json")
     found, _ = read_tf_checkpoint(tmp_path)
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -525,7 +505,6 @@ def small_gpt2(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     folder = hf_folder(tmp_path / "gpt2" / "gpt2", gpt2_tensors())
     published = gpt2_weights.PUBLISHED["gpt2"]._replace(
-        size=(folder / "model.safetensors").stat().st_size,
         sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
     monkeypatch.setitem(gpt2_weights.PUBLISHED, "gpt2", published)
     monkeypatch.setitem(gpt.GPT_CONFIGS, "gpt2", TINY)
@@ -536,7 +515,7 @@ def test_a_published_size_is_found_in_either_format(small_gpt2):
     """$DATA_DIR/gpt2/gpt2 with safetensors, or $DATA_DIR/gpt2/124M with OpenAI's files; gpt2-small is an alias."""
     by_name = bits(load_gpt2("gpt2"))
     assert by_name == bits(load_gpt2("gpt2-small")) == bits(load_gpt2(str(small_gpt2))) == bits(load_gpt2(small_gpt2))
-    bundle(small_gpt2.parent / "124M", gpt2_tensors(), crc=crc_fast)
+    bundle(small_gpt2.parent / "124M", gpt2_tensors())
     (small_gpt2 / "model.safetensors").unlink()
     assert bits(load_gpt2("gpt2")) == by_name
 
@@ -565,9 +544,6 @@ class Letters:
     def encode(self, text):
         return [ord(character) % 101 for character in text]
 
-    def decode(self, ids):
-        return "".join(chr(i + 32) for i in ids)
-
 
 def test_the_self_test_tells_right_weights_from_wrong_ones(tmp_path):
     """With the figures of the model itself everything passes, after one slip in the weights something fails."""
@@ -581,16 +557,14 @@ def test_the_self_test_tells_right_weights_from_wrong_ones(tmp_path):
     with torch.no_grad():
         rows = [torch.nn.functional.cross_entropy(model(ids[:, i : i + 256])[0], ids[0, i + 1 : i + 257]).item()
                 for i in range(0, 256 * 11, 256)]
-    greedy = Letters().decode(gpt.generate(model, torch.tensor([[7, 8]]), 5, temperature=0)[0, 2:].tolist())
     validation = gpt2_weights.window_loss(model, Letters().encode(text[9 * len(text) // 10 :]))
-    gpt2_weights.PUBLISHED["test"] = gpt2_weights.Published(
-        "", "", losses=(sum(rows) / 11, validation), greedy=(chr(7) + chr(8), 5, greedy))
+    gpt2_weights.PUBLISHED["test"] = gpt2_weights.Published("", "", losses=(sum(rows) / 11, validation))
     try:
         results = list(gpt2_weights.self_test(model, Letters(), "test", text))
-        assert len(results) == 3 and all(passed for *_, passed in results), results
+        assert len(results) == 2 and all(passed for *_, passed in results), results
         with torch.no_grad():
             model.trf_blocks[1].attn.qkv.weight.copy_(model.trf_blocks[1].attn.qkv.weight.flip(0))
-        assert not all(passed for *_, passed in gpt2_weights.self_test(model, Letters(), "test", text))
+        assert not any(passed for *_, passed in gpt2_weights.self_test(model, Letters(), "test", text))
     finally:
         del gpt2_weights.PUBLISHED["test"]
 
@@ -630,7 +604,7 @@ def test_check_prints_fail_for_weights_that_are_not_gpt2s(small_gpt2, monkeypatc
     (small_gpt2.parent.parent / "the-verdict.txt").write_bytes(text)
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all(line.startswith("FAIL  ") for line in lines) and "3.7547" in lines[0]
+    assert len(lines) == 2 and all(line.startswith("FAIL  ") for line in lines) and "3.7547" in lines[0]
 
 
 @pytest.mark.slow
@@ -644,32 +618,75 @@ def test_real_weights_pass_the_self_test(name, real_data, capsys):
 
 
 def test_import_makes_a_checkpoint_of_ours(small_gpt2, tmp_path, capsys):
-    """Weights, cropped context and the tokenizer that lies beside them; the checkpoint then stands alone."""
-    from tokenizer import BPETokenizer, from_dict
-
+    """Weights and the tokenizer that lies beside them; the checkpoint then stands alone."""
     tokenizer = BPETokenizer.train(["low lower lowest newer wider " * 5], 262, ("<|endoftext|>", "<|pad|>"))
     config = dataclasses.replace(TINY, vocab_size=262)
     model = gpt.GPTModel(config)
-    export_gpt2(model, tmp_path / "hf", tokenizer.to_dict())  # as load_checkpoint gives it; elsewhere the tokenizer
+    export_gpt2(model, tmp_path / "hf", tokenizer)
     out = tmp_path / "out.safetensors"
-    assert main(["import", "--source", str(tmp_path / "hf"), "--context_length", "8", "--out", str(out)]) == 0
-    loaded, described, made = gpt.load_checkpoint(out)
-    assert loaded.config == dataclasses.replace(config, context_length=8) and made["source"] == str(tmp_path / "hf")
+    assert main(["import", "--source", str(tmp_path / "hf"), "--out", str(out)]) == 0
+    loaded, again, info = gpt.load_checkpoint(out)
+    assert loaded.config == config and info["source"] == str(tmp_path / "hf")
     assert torch.equal(loaded(IDS), model.eval()(IDS))
-    again = from_dict(described)
     assert again.encode("lowest pad") == tokenizer.encode("lowest pad") and again.pad_id == tokenizer.pad_id == 261
     before = bits(load_gpt2(tmp_path / "hf"))
     for source in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors"):
         assert main(["import", "--source", str(source), "--out", str(tmp_path / "hf" / "model.safetensors")]) == 2
         assert "would overwrite --source" in capsys.readouterr().err
     assert bits(load_gpt2(tmp_path / "hf")) == before
-    assert main(["import", "--source", "gpt2", "--context_length", "17", "--out", str(tmp_path / "no")]) == 1
-    assert "between 1 and the weights' 16" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as older versions of transformers wrote it
+        (tmp_path / "hf" / name).unlink()
+    assert main(["import", "--source", str(tmp_path / "hf"), "--out", str(out)]) == 0
+    assert gpt.load_checkpoint(out)[1] is None and "imported without a tokenizer" in capsys.readouterr().err
+
+
+def imported(folder, capsys):
+    """Return (model, tokenizer or None, stderr) of what `import` makes of a folder."""
+    assert main(["import", "--source", str(folder), "--out", str(folder / "out.safetensors")]) == 0
+    model, tokenizer, _ = gpt.load_checkpoint(folder / "out.safetensors")
+    return model, tokenizer, capsys.readouterr().err
+
+
+def test_an_own_tokenizer_is_never_replaced_by_gpt2s(tmp_path, capsys, gpt2_tokenizer):
+    """Fault 3: tokenizer.json alone with 350 own tokens beside 50,257 rows: its own, cropped to it with a word.
+
+    GPT-2's comes only where no tokenizer is there at all, and only for its own number of rows."""
+    shape = dict(vocab_size=50257, n_positions=8, n_embd=8, n_head=2, n_layer=1)
+    folder = hf_folder(tmp_path / "own", gpt2_tensors(V=50257, T=8, C=8, L=1), **shape)
+    own = BPETokenizer.train(["low lower lowest newer wider " * 5], 265)
+    gpt2_weights.export_tokenizer(own, folder, 8)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink()
+    model, tokenizer, error = imported(folder, capsys)
+    assert tokenizer.encode("the lowest") == own.encode("the lowest") and tokenizer.vocab_size == own.vocab_size
+    assert model.config.vocab_size == own.vocab_size == len(model.out_head.weight)
+    assert f"50257 rows cropped to the tokenizer's {own.vocab_size} tokens" in error
+    (folder / "tokenizer.json").write_text("{}")
+    model, tokenizer, error = imported(folder, capsys)
+    assert tokenizer is None and "imported without a tokenizer: " in error and "tokenizer.json" in error
+    assert model.config.vocab_size == 50257
+    (folder / "tokenizer.json").unlink()
+    assert imported(folder, capsys)[1].encode("Hello, world") == [15496, 11, 995]
+    folder = hf_folder(tmp_path / "padded", gpt2_tensors(V=50304, T=8, C=8, L=1), **{**shape, "vocab_size": 50304})
+    model, tokenizer, error = imported(folder, capsys)
+    assert tokenizer is None and "holds no tokenizer.json or vocab.json" in error and model.config.vocab_size == 50304
+    gpt2_weights.export_tokenizer(gpt2_tokenizer, folder, 8)  # with GPT-2's files beside it the padding is known
+    model, tokenizer, error = imported(folder, capsys)
+    assert model.config.vocab_size == tokenizer.vocab_size == 50257 and "50304 rows cropped" in error
+
+
+def test_a_tokenizer_larger_than_the_model_is_left_out(tmp_path, capsys):
+    """Its last ids would be outside the embedding: the weights are imported, the tokenizer is not."""
+    folder = hf_folder(tmp_path, gpt2_tensors())
+    gpt2_weights.export_tokenizer(BPETokenizer([]), folder, 16)
+    model, tokenizer, error = imported(folder, capsys)
+    assert tokenizer is None and "its tokenizer has 257 tokens, the model 101 rows" in error and error.count("\n") == 1
+    assert bits(model) == bits(load_gpt2(folder))
 
 
 @pytest.mark.parametrize("argv, status, message", [
     (["get", "--model", "gpt5"], 2, "invalid choice"), (["fetch"], 2, "unknown command"),
-    (["get", "--miror", "x"], 2, "did you mean --mirror"), (["import", "--context_length", "x"], 2, "invalid int"),
+    (["get", "--modle", "x"], 2, "did you mean --model"),
     (["import", "--source", "nowhere"], 1, "no GPT-2 weights at nowhere"),
     (["export", "--source", "nowhere"], 1, "no checkpoint nowhere")])
 def test_a_mistake_on_the_command_line_is_one_line(argv, status, message, capsys):
@@ -711,8 +728,6 @@ def test_out_and_in_again_gives_the_same_bits(tied, bias, exact, tmp_path):
 
 def test_only_a_language_model_can_be_exported(tmp_path):
     """A classifier's head, adapters, a tokenizer of another size or of words: refused before anything is written."""
-    from tokenizer import BPETokenizer, WordTokenizer
-
     classifier = gpt.GPTModel(dataclasses.replace(TINY, tie_weights=False))
     classifier.out_head = torch.nn.Linear(48, 2)
     adapted = gpt.GPTModel(TINY)
@@ -730,8 +745,6 @@ def test_only_a_language_model_can_be_exported(tmp_path):
 
 def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys):
     """Config, weights, generation settings and four files of the tokenizer; zeros for a missing bias are announced."""
-    from tokenizer import BPETokenizer, WordTokenizer
-
     tokenizer = BPETokenizer.train(["low lower lowest newer wider " * 5], 260)
     config = dataclasses.replace(TINY, vocab_size=260, qkv_bias=False)
     gpt.save_checkpoint(tmp_path / "m.safetensors", gpt.GPTModel(config), tokenizer)
@@ -762,8 +775,6 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
 
 def test_the_tokenizer_of_gpt2_is_exported_byte_for_byte(tmp_path, gpt2_tokenizer):
     """vocab.json and merges.txt are OpenAI's two files, and give the ids that were published."""
-    from tokenizer import BPETokenizer
-
     gpt2_weights.export_tokenizer(gpt2_tokenizer, tmp_path, 1024)
     again = BPETokenizer.from_gpt2_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
     assert again.encode("Hello, world. Is this-- a test?") == [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30]
@@ -773,9 +784,6 @@ def test_the_tokenizer_of_gpt2_is_exported_byte_for_byte(tmp_path, gpt2_tokenize
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Download, from a server on this machine
-
-BODY = bytes(range(256)) * 1200  # 307,200 bytes
-SUM = hashlib.sha256(BODY).hexdigest()
 
 
 class Server:
@@ -803,210 +811,37 @@ class Server:
         self.server.server_close()
 
 
-def reply(status=200, body=BODY, upto=None, length=True, etag='"one"', **headers):
-    """Return a reply that sends `upto` bytes of the body and hangs up; `headers` with _ for -."""
+def reply(status=200, body=b"", **headers):
+    """Return a reply with this body; `headers` with _ for -."""
 
     def send(handler):
         handler.send_response(status)
-        if length:
-            handler.send_header("Content-Length", str(len(body)))
-        if etag:
-            handler.send_header("ETag", etag)
+        handler.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
-        handler.wfile.write(body[:upto])
-        handler.close_connection = True
+        handler.wfile.write(body)
 
     return send
-
-
-def rest(handler, start=None, etag='"one"'):
-    """Answer a range request as a server should: with the rest of BODY, or from `start` if it is a bad one."""
-    asked = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-    begin = asked if start is None else start
-    reply(206, BODY[begin:], etag=etag, Content_Range=f"bytes {begin}-{len(BODY) - 1}/{len(BODY)}")(handler)
 
 
 @pytest.fixture
 def server(monkeypatch):
     """Return a server on this machine, with no pauses before another try."""
-    monkeypatch.setattr(gpt2_weights, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(data, "BACKOFF", (0.01, 0.01))
     server = Server()
     yield server
     server.close()
 
 
-def left(folder):
-    """Return the names of all files below a folder."""
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def test_a_download_is_checked_and_leaves_nothing_else(server, tmp_path):
-    """One request that asks for unpacked bytes, one file, its sha256."""
-    server.replies = [reply()]
-    assert download(server.url, tmp_path / "sub" / "x", len(BODY), SUM) == SUM
-    assert (tmp_path / "sub" / "x").read_bytes() == BODY and left(tmp_path) == ["x"]
-    assert server.requests[0][1]["Accept-Encoding"] == "identity" and "Range" not in server.requests[0][1]
-
-
-def test_a_cut_transfer_goes_on_where_it_stopped(server, tmp_path):
-    """Cut twice: the next request asks for the rest, only if the file is still the same."""
-    server.replies = [reply(upto=100_000), lambda h: reply(206, BODY[100_000:], upto=50_000,
-                      Content_Range=f"bytes 100000-307199/{len(BODY)}")(h), rest]
-    assert download(server.url, tmp_path / "x", len(BODY), SUM) == SUM
-    asked = [(headers.get("Range"), headers.get("If-Range")) for _, headers in server.requests]
-    assert asked == [(None, None), ("bytes=100000-", '"one"'), ("bytes=150000-", '"one"')]
-    assert left(tmp_path) == ["x"]
-
-
-@pytest.mark.parametrize("second", [
-    reply(etag='"two"'),  # the file has changed, the whole of it comes
-    reply(),  # ranges are ignored
-    lambda h: rest(h, start=0), lambda h: rest(h, start=99_999), lambda h: rest(h, start=100_001),  # the wrong place
-    lambda h: rest(h, etag='"two"'),  # If-Range is ignored
-    reply(206, BODY[100_000:]),  # no Content-Range
-    reply(416, b""),
-], ids=["changed", "ignored", "from 0", "one early", "one late", "changed range", "no range", "416"])
-def test_what_does_not_continue_is_never_joined(second, server, tmp_path):
-    """What came before the cut was of another file; whatever the server does then, the result is the right one."""
-    server.replies = [reply(body=BODY[::-1], upto=100_000), second, reply(etag='"two"')]
-    assert download(server.url, tmp_path / "x", len(BODY), SUM) == SUM
-    assert (tmp_path / "x").read_bytes() == BODY and left(tmp_path) == ["x"]
-
-
-def test_a_later_run_takes_over_what_an_earlier_one_left(server, tmp_path):
-    """The first run fails after 100,000 bytes; the second asks only for the rest, and removes the remains."""
-    server.replies = [reply(upto=100_000), reply(503, b"")]
-    with pytest.raises(OSError, match="HTTP status 503"):
-        download(server.url, tmp_path / "x", len(BODY), SUM)
-    assert left(tmp_path) == [".x.%22one%22.part"]
-    server.replies, server.requests = [rest], []
-    assert download(server.url, tmp_path / "x", len(BODY), SUM) == SUM
-    assert server.requests[0][1]["Range"] == "bytes=100000-" and left(tmp_path) == ["x"]
-
-
-@pytest.mark.parametrize("etag", ["", 'W/"one"'])
-def test_without_a_strong_etag_a_transfer_starts_over(etag, server, tmp_path):
-    """A weak validator does not promise the same bytes (RFC 9110, 8.8.1), so nothing is continued or kept."""
-    server.replies = [reply(upto=100_000, etag=etag), reply(etag=etag)]
-    assert download(server.url, tmp_path / "x", len(BODY), SUM) == SUM
-    assert "Range" not in server.requests[1][1]
-    server.replies = [reply(upto=100_000, etag=etag)]
-    with pytest.raises(OSError, match="cut off"):
-        download(server.url, tmp_path / "y", len(BODY), SUM)
-    assert left(tmp_path) == ["x"]
-
-
-@pytest.mark.parametrize("replies, tries, message", [
-    ([reply(404, b"")], 1, "HTTP status 404"),
-    ([reply(503, b"")], 4, "HTTP status 503"),
-    ([reply(429, b"")], 4, "HTTP status 429"),
-    ([reply(upto=0)], 4, "cut off after 0 of"),
-    ([reply(length=False, upto=1000)], 4, "cut off after 1,000 of 307,200"),
-    ([lambda h: h.connection.close()], 1, "no connection"),
-    ([reply(302, b"", Location="/again")], None, "30 redirects"),
-    ([reply(302, b"", Location="file:///etc/passwd")], 1, "file:"),
-])
-def test_a_server_that_fails_is_asked_again_only_where_that_may_help(replies, tries, message, server, tmp_path):
-    """In the end there is one line with the address, no file under the final name, and a file there already stays."""
-    (tmp_path / "x").write_bytes(b"from before")
-    server.replies = replies
-    with pytest.raises(OSError, match=message) as caught:
-        download(server.url, tmp_path / "x", len(BODY), SUM)
-    assert server.url in str(caught.value) and (tries is None or len(server.requests) == tries)
-    assert (tmp_path / "x").read_bytes() == b"from before"
-
-
-@pytest.mark.parametrize("answer, size, sha256, message", [
-    (reply(body=BODY[::-1]), len(BODY), SUM, "sha256 is [0-9a-f]{64}, expected " + SUM),
-    (reply(body=BODY + b"x"), len(BODY), SUM, "307,201 bytes, expected 307,200"),
-    (reply(body=BODY + b"x", length=False), len(BODY), SUM, "longer than 307,200"),
-    (reply(body=b"<html>please log in</html>"), len(BODY), SUM, "26 bytes, expected 307,200"),
-    (reply(X_Linked_Etag='"%s"' % hashlib.sha256(b"").hexdigest()), 0, "", "sha256 is"),
-    (reply(), 0, "", "names no sha256"),
-    (reply(X_Linked_Etag='"abc"'), 0, "", "names no sha256"),
-])
-def test_wrong_content_is_thrown_away(answer, size, sha256, message, server, tmp_path):
-    """Another size, another sha256 than pinned or than the host names, or none where one is needed."""
-    server.replies = [answer]
-    with pytest.raises(ValueError, match=message):
-        download(server.url, tmp_path / "x", size, sha256)
-    assert left(tmp_path) == []
-
-
-def test_the_sha256_that_the_host_names_on_the_way_counts(server, tmp_path):
-    """huggingface.co names it in the reply that sends on to its storage, whose own ETag is something else."""
-    sent_on = reply(302, b"", Location="/storage", X_Linked_Etag=f'"{SUM}"', etag=f'"{SUM}"')
-    server.replies = [sent_on, reply(upto=100_000, etag='"storage"'), sent_on, lambda h: rest(h, etag='"storage"')]
-    assert download(server.url, tmp_path / "x", 0, "") == SUM
-    assert server.requests[3][1]["If-Range"] == '"storage"' and server.requests[3][1]["Range"] == "bytes=100000-"
-
-
-def test_a_drip_is_given_up_and_kept_for_later(server, tmp_path, monkeypatch):
-    """Bytes that trickle never trip a timeout; the average over a window does."""
-    monkeypatch.setattr(gpt2_weights, "WINDOW", 0.3)
-    monkeypatch.setattr(gpt2_weights, "SLOWEST", 1000)
-
-    def drip(handler):
-        reply(upto=1000)(handler)
-        for i in range(2000):
-            handler.wfile.write(BODY[1000 + i : 1001 + i])
-            handler.wfile.flush()
-            time.sleep(0.02)
-
-    server.replies, started = [drip], time.monotonic()
-    with pytest.raises(OSError, match="too slow"):
-        download(server.url, tmp_path / "x", len(BODY), SUM)
-    assert time.monotonic() - started < 20 and left(tmp_path) == [".x.%22one%22.part"]
-
-
-@pytest.mark.parametrize("sent", [None, 1000])
-def test_a_server_that_falls_silent_does_not_hold_us(sent, server, tmp_path, monkeypatch):
-    """Before the first byte or in the middle: the time limit ends each try, and the tries are counted."""
-    monkeypatch.setattr(gpt2_weights, "TIMEOUT", (1, 0.2))
-
-    def stall(handler):
-        if sent:
-            reply(upto=sent)(handler)
-            handler.wfile.flush()
-        time.sleep(0.6)
-
-    server.replies, started = [stall], time.monotonic()
-    with pytest.raises(OSError, match="no connection" if sent is None else "cut off after 1,000 of 307,200"):
-        download(server.url, tmp_path / "x", len(BODY), SUM)
-    assert time.monotonic() - started < 20 and left(tmp_path) == ([] if sent is None else [".x.%22one%22.part"])
-
-
-def test_two_downloads_at_once_do_not_disturb_each_other(server, tmp_path):
-    """Each has a file of its own; both end well and one good file is left."""
-    server.replies = [reply()]
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(download(server.url, tmp_path / "x", len(BODY), SUM)))
-               for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [SUM] * 4 and left(tmp_path) == ["x"]
-
-
-def test_too_little_space_is_noticed_before_the_first_byte(server, tmp_path, monkeypatch):
-    """The message has what is needed and what is free; nothing is left behind."""
-    monkeypatch.setattr(gpt2_weights.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    server.replies = [reply()]
-    with pytest.raises(OSError, match="307,200 bytes are needed, 1,000 are free"):
-        download(server.url, tmp_path / "x", len(BODY), SUM)
-    assert left(tmp_path) == []
-
-
-def test_get_downloads_checks_and_then_leaves_it_alone(server, small_gpt2, capsys):
-    """From a mirror, at the pinned revision; the second call finds the file and asks nobody."""
+def test_get_downloads_checks_and_then_leaves_it_alone(server, small_gpt2, capsys, monkeypatch):
+    """From the host that HF_ENDPOINT names, at the pinned revision; the second call finds the file."""
+    monkeypatch.setenv("HF_ENDPOINT", server.host + "/")
     content = (small_gpt2 / "model.safetensors").read_bytes()
     (small_gpt2 / "model.safetensors").unlink()
     server.replies = [reply(body=content)]
     for _ in range(2):
-        assert main(["get", "--mirror", server.host]) == 0
+        assert main(["get"]) == 0
         assert str(small_gpt2) in capsys.readouterr().out
     assert [path for path, _ in server.requests] == [
         "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors"]
@@ -1014,22 +849,35 @@ def test_get_downloads_checks_and_then_leaves_it_alone(server, small_gpt2, capsy
                                                                               "model.safetensors"]
 
 
+def test_a_download_with_another_sha256_is_refused(server, small_gpt2, capsys, monkeypatch):
+    """The pinned sum, and where none is pinned the one that the host names; nothing stays under the final name."""
+    monkeypatch.setenv("HF_ENDPOINT", server.host)
+    (small_gpt2 / "model.safetensors").unlink()
+    server.replies = [reply(body=b"something else")]
+    assert main(["get"]) == 1 and "sha256" in capsys.readouterr().err
+    monkeypatch.setitem(gpt2_weights.PUBLISHED, "gpt2", gpt2_weights.PUBLISHED["gpt2"]._replace(sha256=""))
+    server.replies = [reply(body=b"something else", X_Linked_Etag='"%s"' % hashlib.sha256(b"the file").hexdigest())]
+    assert main(["get"]) == 1 and "sha256" in capsys.readouterr().err
+    assert not (small_gpt2 / "model.safetensors").exists()
+
+
 def test_where_hugging_face_cannot_be_reached_openai_is_asked(server, small_gpt2, monkeypatch, tmp_path):
-    """The TensorFlow checkpoint arrives file by file, hparams.json last, and gives the same model."""
+    """The TensorFlow checkpoint arrives file by file, hparams.json last, and gives the same model; damage is seen."""
     wanted = bits(load_gpt2("gpt2"))
     for path in small_gpt2.iterdir():
         path.unlink()
-    source = bundle(tmp_path / "source", gpt2_tensors(), crc=crc_fast)
-    for name in ("encoder.json", "vocab.bpe"):
-        (source / name).write_bytes(b"{}")
-    monkeypatch.setattr(gpt2_weights, "VOCAB_SHA256", hashlib.sha256(b"{}").hexdigest())
-    monkeypatch.setattr(gpt2_weights, "MERGES_SHA256", hashlib.sha256(b"{}").hexdigest())
+    source = bundle(tmp_path / "source", gpt2_tensors())
     monkeypatch.setattr(gpt2_weights, "OPENAI", server.host)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
 
     server.replies = [lambda handler: reply(body=(source / handler.path.split("/")[-1]).read_bytes())(handler)]
     assert bits(load_gpt2("gpt2")) == wanted
     assert [path for path, _ in server.requests][-1] == "/models/124M/hparams.json"
+    path = small_gpt2.parent / "124M" / "model.ckpt.data-00000-of-00001"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(ValueError, match="model.ckpt.data-00000-of-00001: its sha256 is .* move the file away"):
+        load_gpt2("gpt2")
 
 
 def test_without_a_network_one_line_says_which_file_to_put_where(tmp_path, monkeypatch, capsys):
@@ -1037,10 +885,11 @@ def test_without_a_network_one_line_says_which_file_to_put_where(tmp_path, monke
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(gpt2_weights, "OPENAI", "http://127.0.0.1:9")
+    monkeypatch.setattr(data, "BACKOFF", (0.01, 0.01))
     started = time.monotonic()
     assert main(["get"]) == 1
-    error = capsys.readouterr().err
-    assert time.monotonic() - started < 30 and error.count("\n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert time.monotonic() - started < 30 and error.startswith("error: ")
     assert str(tmp_path / "gpt2" / "gpt2" / "model.safetensors") in error and "Traceback" not in error
     assert "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors" in error
 
@@ -1096,8 +945,6 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 def test_what_we_train_loads_in_transformers(tied, bias, tmp_path):
     """Model and tokenizer through the Auto classes, for untied heads and missing biases too: logits, ids, text."""
     transformers = pytest.importorskip("transformers")
-    from tokenizer import BPETokenizer
-
     text = "Tom has 12 red balls, and Mia's dog (Bo) isn't here.\n\n  Naïve café – 日本 🙂 the the the "
     tokenizer = BPETokenizer.train([text * 3], 300, ("<|endoftext|>", "<|pad|>"), split_digits=True)
     torch.manual_seed(0)
@@ -1124,6 +971,36 @@ def test_what_we_train_loads_in_transformers(tied, bias, tmp_path):
     theirs.save_pretrained(tmp_path / "again")
     again = load_gpt2(tmp_path / "again")
     assert torch.equal(again(IDS), ours(IDS))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("change", ["saved again", "[PAD] added", "trained anew"])
+def test_what_transformers_saved_comes_back(change, tmp_path, capsys):
+    """Faults 30 and 31: weights are imported in any case; the tokenizer gives the same ids, or a note says why not."""
+    transformers = pytest.importorskip("transformers")
+    text = "low lower lowest newer wider, Mia's 12 dogs "
+    export_gpt2(gpt.GPTModel(dataclasses.replace(TINY, vocab_size=280)), tmp_path / "ours",
+                BPETokenizer.train([text * 5], 280, split_digits=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    if change == "[PAD] added":
+        peer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(peer))
+    if change == "trained anew":
+        peer = peer.train_new_from_iterator([text * 5], 270)  # its special tokens come first
+    (tmp_path / "theirs").mkdir()
+    model.save_pretrained(tmp_path / "theirs")
+    peer.save_pretrained(tmp_path / "theirs")
+    ours, tokenizer, error = imported(tmp_path / "theirs", capsys)
+    rows = model.get_input_embeddings().weight
+    assert torch.equal(ours.tok_emb.weight, rows[: ours.config.vocab_size])
+    if tokenizer is None:
+        assert "imported without a tokenizer: " in error and len(ours.tok_emb.weight) == len(rows)
+    else:
+        assert tokenizer.vocab_size == len(peer) == ours.config.vocab_size
+        for sample in (text, "  Wider\n\n", "naïve 日本 123"):
+            assert tokenizer.encode(sample) == peer(sample)["input_ids"]
+    assert (tokenizer is None) == (change == "trained anew")
 
 
 @pytest.mark.peer

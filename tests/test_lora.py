@@ -3,16 +3,11 @@
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +18,7 @@ import torch.nn.functional as F
 import gpt
 import lora
 from lora import apply_lora, load_lora, lora_disabled, lora_layers, lora_parameters, merge_lora, save_lora, unmerge_lora
+from tokenizer import CharTokenizer
 
 ROOT = Path(lora.__file__).parent
 GOLDEN = Path(__file__).parent / "fixtures" / "lora"  # an adapter that PEFT wrote, and the logits it gave with it
@@ -41,10 +37,10 @@ def small_model(seed=0, **changes):
     return model
 
 
-def classifier(seed=0):
+def classifier(seed=0, bias=False):
     """Return a small model whose head has three rows and is new."""
     model = small_model(seed, tie_weights=False)
-    model.out_head = nn.Linear(CONFIG.emb_dim, 3, bias=False)
+    model.out_head = nn.Linear(CONFIG.emb_dim, 3, bias=bias)
     return model
 
 
@@ -136,7 +132,7 @@ def test_training_finds_the_best_update_of_its_rank(rank):
     """Check 4: fitting a dense change leaves the squared singular values beyond the rank (Eckart and Young 1936)."""
     torch.manual_seed(0)
     dense, change = nn.Linear(12, 10, bias=False, dtype=torch.float64), torch.randn(10, 12, dtype=torch.float64)
-    model = apply_lora(nn.Sequential(dense), rank=rank, alpha=rank)
+    model = apply_lora(nn.Sequential(dense), rank=rank, alpha=rank, dropout=0)
     wanted, eye = dense.weight + change, torch.eye(12, dtype=torch.float64)
     optimizer = torch.optim.LBFGS(lora_parameters(model), max_iter=500, line_search_fn="strong_wolfe")
 
@@ -163,7 +159,7 @@ def test_a_starts_uniform_as_a_linear_layer_does():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_keep_float32_adapters(dtype):
     """On a half-precision model and under autocast the adapter trains in float32, the output has the model's type."""
-    half = apply_lora(nn.Sequential(nn.Linear(6, 5, dtype=dtype)), rank=2)
+    half = apply_lora(nn.Sequential(nn.Linear(6, 5, dtype=dtype)), rank=2, dropout=0)
     x = torch.randn(3, 6)
     y = shake(half)(x.to(dtype))
     assert y.dtype == dtype and half[0].lora_A.dtype == torch.float32
@@ -172,7 +168,7 @@ def test_half_precision_weights_keep_float32_adapters(dtype):
     half_unit = 0.51 * torch.finfo(dtype).eps * exact.abs()  # rounded once, at the end
     assert merged[0].weight.dtype == dtype and bool(((merged[0].weight.double() - exact).abs() <= half_unit).all())
     torch.testing.assert_close(merged(x.to(dtype)).float(), y.float(), rtol=0.03, atol=0.03)
-    single = shake(apply_lora(nn.Sequential(nn.Linear(6, 5)), rank=2))
+    single = shake(apply_lora(nn.Sequential(nn.Linear(6, 5)), rank=2, dropout=0))
     with torch.autocast("cpu", dtype=dtype):
         y = single(x)
     assert y.dtype == dtype
@@ -199,9 +195,6 @@ def test_merged_equals_adapted_and_unmerging_restores_every_bit():
         merge_lora(model)
     unmerge_lora(model)
     assert same(model.state_dict(), before) and torch.equal(model(IDS), logits)
-    with pytest.raises(ValueError, match="nothing is merged"):
-        unmerge_lora(model)
-    merge_lora(model, keep=False)
     with pytest.raises(ValueError, match="nothing is merged"):
         unmerge_lora(model)
 
@@ -339,33 +332,35 @@ def test_layers_below_the_first_adapter_store_nothing_for_backward():
         0.6 * stored("all-linear"))
 
 
-def test_a_transformer_of_torch_itself_is_adapted_in_training_and_inference():
-    """Its fused inference path reads weights without calling the layers, which must not pass the adapters by."""
-    torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    shake(apply_lora(model, rank=2))
-    assert {name.split(".")[-1] for name in lora_layers(model)} == {"linear1", "linear2"}  # attention has no nn.Linear
-    x = torch.randn(2, 5, 16)
-    trained = model.train()(x)
-    with torch.no_grad():
-        inferred = model.eval()(x)
-        merged = merge_lora(model)(x)
-    torch.testing.assert_close(inferred, trained, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="matches no nn.Linear"):
-        apply_lora(model, rank=2, targets="self_attn.out_proj")
+def test_layers_that_torch_reads_without_calling_take_no_adapter():
+    """nn.TransformerEncoderLayer's fused inference and nn.MultiheadAttention would skip the adapters; others stay."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4))
+    assert list(lora_layers(apply_lora(model, rank=2))) == ["1"]
+    for encoder in (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2),
+                    nn.TransformerEncoderLayer(16, 2)):
+        for targets in ("all-linear", "linear1", "self_attn.out_proj"):
+            with pytest.raises(ValueError, match="matches no nn.Linear; there are: none"):
+                apply_lora(encoder, rank=2, targets=targets)
+
+
+def test_merging_follows_a_model_that_changed_in_between():
+    """Back from a merge the adapters have the mode that the model has now, or dropout would go on in inference."""
+    model = shake(apply_lora(small_model().train(), rank=2, dropout=0.5))
+    merge_lora(model).eval()
+    unmerge_lora(model)
+    assert torch.equal(model(IDS), model(IDS)) and not any(layer.training for layer in lora_layers(model).values())
 
 
 def test_a_layer_used_in_two_places_gets_one_adapter(tmp_path):
     """Both places see it, its parameters count once, and files hold it once."""
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.Tanh(), shared)
-    shake(apply_lora(model, rank=2))
+    shake(apply_lora(model, rank=2)).eval()
     assert model[0] is model[2] and len(lora_parameters(model)) == 2
     x = torch.randn(3, 6)
     y = model(x)
     save_lora(model, tmp_path)
-    other = nn.Sequential(shared, nn.Tanh(), shared)
+    other = nn.Sequential(shared, nn.Tanh(), shared).eval()
     assert torch.equal(load_lora(other, tmp_path)(x), y)
     torch.testing.assert_close(merge_lora(model)(x), y)
 
@@ -383,7 +378,9 @@ def test_an_adapter_comes_back_bit_for_bit_from_a_file_of_its_own_size(tmp_path)
     assert {p.name for p in path.parent.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     config = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
     assert config | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1,
-                     "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True, "bias": "none",
+                     "target_modules": [f"transformer.h.{i}.{layer}" for i in range(2) for layer in (
+                         "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
+                     "modules_to_save": None, "rank_pattern": {}, "fan_in_fan_out": True, "bias": "none",
                      "inference_mode": True, "base_model_name_or_path": None} == config
     names = set(gpt.read_safetensors(path)[0])
     assert "base_model.model.transformer.h.1.mlp.c_proj.lora_B.weight" in names and len(names) == 16
@@ -395,7 +392,7 @@ def test_an_adapter_comes_back_bit_for_bit_from_a_file_of_its_own_size(tmp_path)
 
 
 def test_adapters_take_turns_without_leaving_anything_behind(tmp_path):
-    """Check 5: other layers and ranks replace those there; with equal ones an optimizer keeps its parameters."""
+    """Check 5: other layers, ranks and scales replace those there."""
     first = adapted(targets="qkv,fc1")
     second = shake(apply_lora(small_model(), rank=3, targets="fc1,fc2", rslora=True), seed=2)
     third = shake(apply_lora(small_model(), rank=2, alpha=9, targets="qkv,fc1", rslora=True), seed=3)
@@ -406,9 +403,6 @@ def test_adapters_take_turns_without_leaving_anything_behind(tmp_path):
     for number, wanted in (("1", first), ("2", second), ("1", first), ("3", third), ("1", first)):
         load_lora(model, tmp_path / number)
         assert torch.equal(model(IDS), wanted(IDS)) and model.state_dict().keys() == wanted.state_dict().keys()
-    parameters = lora_parameters(model)
-    load_lora(model, tmp_path / "1")
-    assert all(new is old for new, old in zip(lora_parameters(model), parameters))
 
 
 def test_a_new_head_travels_with_the_adapter(tmp_path):
@@ -424,7 +418,7 @@ def test_a_new_head_travels_with_the_adapter(tmp_path):
     nn.init.zeros_(other.out_head.weight)
     load_lora(other, tmp_path)
     assert torch.equal(other(IDS), model(IDS)) and other.out_head.weight.requires_grad
-    with pytest.raises(ValueError, match="not in the model: base_model.model.score.weight"):
+    with pytest.raises(ValueError, match=r"score.weight is \(3, 8\) in the file and unknown in the model"):
         load_lora(small_model(tie_weights=False), tmp_path)
 
 
@@ -464,7 +458,7 @@ def test_another_base_is_refused_and_left_untouched(tmp_path):
     with torch.no_grad():
         other.trf_blocks[0].ln1.bias[3] += 1e-6
     before = snapshot(other)
-    with pytest.raises(ValueError, match="trained on another base .*load the weights that it started from"):
+    with pytest.raises(ValueError, match="trained on another base; load the weights that it started from"):
         load_lora(other, tmp_path)
     assert same(other.state_dict(), before)
     assert lora_layers(load_lora(other, tmp_path, any_base=True))
@@ -478,12 +472,12 @@ def test_the_fingerprint_covers_names_shapes_and_bytes():
     for k, model in enumerate(models):
         for parameter in model.parameters():
             parameter.data = weight.view(parameter.shape) + k // 3
-    prints = [lora.base_fingerprint(model) for model in models]
+    prints = [lora.base_sha256(model) for model in models]
     assert len(set(prints)) == 4
     model = apply_lora(nn.Sequential(models[0], nn.Linear(2, 2)), rank=1)
-    before = lora.base_fingerprint(model, {"1.bias"})
+    before = lora.base_sha256(model, {"1.bias"})
     shake(model)[1].bias.data += 1
-    assert lora.base_fingerprint(model, {"1.bias"}) == before != lora.base_fingerprint(model)
+    assert lora.base_sha256(model, {"1.bias"}) == before != lora.base_sha256(model)
 
 
 def rewrite(folder, change, **config):
@@ -503,18 +497,30 @@ A7, B7 = A0.replace("h.0", "h.7"), B0.replace("h.0", "h.7")
 
 
 @pytest.mark.parametrize("change, config, message", [
-    (lambda t: t.pop(B0), {}, "c_attn is missing"),
-    (lambda t: (t.pop(A0), t.pop(B0)), {}, "missing: .*h.0.attn.c_attn.lora_A.weight, .*lora_B"),
-    (lambda t: t.update({"base_model.model.h.0.x": t[A0]}), {}, "not in the model: base_model.model.h.0.x$"),
-    (lambda t: t.update({A7: t[A0], B7: t[B0]}), {}, r"not in the model: .*h.7.*lora_A.weight, .*h.7.*lora_B.weight$"),
-    (lambda t: t.update({A0: t[A0][:, :5]}), {}, r"another shape: .*c_attn.lora_A.weight \(2, 5\) instead of \(2, 8\)"),
-    (lambda t: t.update({A0: t[A0][:1]}), {}, "ranks differ"),
+    (lambda t: t.pop(B0), {}, "c_attn.lora_B.weight is missing in the file"),
+    (lambda t: t.pop(A0), {}, "c_attn.lora_A.weight is missing in the file"),
+    (lambda t: (t.pop(A0), t.pop(B0)), {}, "h.0.attn.c_attn.lora_A.weight is missing"),
+    (lambda t: (t.pop(A0), t.pop(B0)), {"target_modules": r".*\.c_attn"}, "h.0.attn.c_attn.lora_A.weight is missing"),
+    (lambda t: t.update({"base_model.model.h.0.x": t[A0]}), {}, r"h.0.x is \(2, 8\) in the file and unknown in the"),
+    (lambda t: t.update({A7: t[A0], B7: t[B0]}), {}, "h.7.*lora_A.weight is .* unknown in the model"),
+    (lambda t: t.update({A0: t[A0][:, :5]}), {}, r"c_attn.lora_A.weight is \(2, 5\) in the file and \(2, 8\) in the"),
+    (lambda t: t.update({A0: t[A0][:1]}), {}, r"c_attn.lora_B.weight is \(24, 2\) in the file and \(24, 1\) in the"),
+    (lambda t: t.update({A0: t[A0][:0], B0: t[B0][:, :0]}), {}, r"lora_A.weight is \(0, 8\)"),
+    (lambda t: t.update({A0: torch.ones(9, 8), B0: torch.ones(24, 9)}), {}, r"lora_A.weight is \(9, 8\)"),
+    (lambda t: t.update({A0: torch.tensor(1.0)}), {}, r"c_attn.lora_A.weight is \(\) in the file"),
     (lambda t: t[A0].fill_(math.nan), {}, "not finite"),
     (lambda t: None, {"use_dora": True}, "use_dora is set"),
+    (lambda t: None, {"bias": "lora_only"}, "bias is set"),
+    (lambda t: None, {"alpha_pattern": {"c_attn": 4}}, "alpha_pattern is set"),
+    (lambda t: None, {"use_something_new": True}, "use_something_new is set, which is not supported here; merge with"),
     (lambda t: None, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is set"),
+    (lambda t: None, {"init_lora_weights": "lora_ga"}, "init_lora_weights is set"),  # changed the base, as PiSSA does
+    (lambda t: None, {"lora_ga_config": {"direction": "ArB2r"}}, "lora_ga_config is set"),
     (lambda t: None, {"peft_type": "IA3"}, "'IA3' is not LORA"),
     (lambda t: None, {"lora_alpha": "8"}, "adapter_config.json: "),
-    (lambda t: None, {"modules_to_save": ["final_norm"]}, "missing: base_model.model.final_norm.weight"),
+    (lambda t: None, {"lora_alpha": 0}, "adapter_config.json: LoRA's alpha must be a positive number"),
+    (lambda t: None, {"target_modules": "*c_attn("}, "config.json: target_modules is not a regular expression: noth"),
+    (lambda t: None, {"modules_to_save": ["final_norm"]}, "final_norm.bias is missing in the file"),
 ])
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path, change, config, message):
     """Missing, extra, misshapen and unsupported contents each end in one line, and the model stays what it was."""
@@ -525,7 +531,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, change, config, mes
     with pytest.raises(ValueError, match=message) as caught:
         load_lora(model, tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    assert same(model.state_dict(), before)
+    assert same(model.state_dict(), before) and all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_damage_is_seen_before_anything_is_loaded(tmp_path):
@@ -542,7 +548,7 @@ def test_damage_is_seen_before_anything_is_loaded(tmp_path):
         with pytest.raises(ValueError, match="adapter_config.json: "):
             load_lora(small_model(), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_config.json; an adapter is a folder"):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         load_lora(small_model(), tmp_path)
 
 
@@ -562,7 +568,7 @@ def test_an_adapter_that_peft_saved_gives_the_logits_it_gave_there(capsys):
     model = formula_model()
     base = model(torch.tensor(expected["ids"]))
     load_lora(model, GOLDEN)
-    assert "does not say which base" in capsys.readouterr().err
+    assert "does not say which base it belongs to" in capsys.readouterr().err
     logits = model(torch.tensor(expected["ids"]))
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-5, atol=1e-5)
     assert (logits - base).abs().max() > 0.5
@@ -581,18 +587,19 @@ for _ in range(100):
     loss = torch.nn.functional.cross_entropy(model(x), goal)
     for p, grad in zip(lora.lora_parameters(model), torch.autograd.grad(loss, lora.lora_parameters(model))):
         p.data -= 0.1 * grad
-assert loss < torch.nn.functional.cross_entropy(start, goal) - 0.1
-y = model(x)
+y = model.eval()(x)
+assert torch.nn.functional.cross_entropy(y, goal) < torch.nn.functional.cross_entropy(start, goal) - 0.1
 with lora.lora_disabled(model):
     assert torch.equal(model(x), start)
 assert torch.allclose(lora.merge_lora(model)(x), y, atol=1e-5)
 lora.unmerge_lora(model)
-try:
-    lora.save_lora(model, "adapter")
-except ValueError as error:
-    assert str(error) == "adapter files need gpt.py beside lora.py, or: pip install safetensors numpy"
-shutil.copy(sys.argv[1], "gpt.py")
-importlib.invalidate_caches()
+if sys.argv[1:]:
+    try:
+        lora.save_lora(model, "adapter")
+    except ImportError as error:
+        assert error.name in ("safetensors", "numpy")
+    shutil.copy(sys.argv[1], "gpt.py")
+    importlib.invalidate_caches()
 lora.save_lora(model, "adapter")
 with torch.no_grad():
     lora.lora_parameters(model)[1].zero_()
@@ -600,93 +607,17 @@ assert torch.equal(lora.load_lora(model, "adapter")(x), y)
 """
 
 
+def alone(folder, *arguments):
+    """Run the script above beside a copy of lora.py, and return what went wrong."""
+    shutil.copy(ROOT / "lora.py", folder)
+    return subprocess.run([sys.executable, "-W", "error", "-c", ALONE, *arguments], cwd=folder, capture_output=True,
+                          text=True, timeout=120)
+
+
 def test_lora_py_alone_works_beside_somebody_elses_model(tmp_path):
-    """Copied into an empty folder it adapts, trains, merges; files ask for gpt.py, and work once that is there."""
-    shutil.copy(ROOT / "lora.py", tmp_path)
-    result = subprocess.run([sys.executable, "-W", "error", "-c", ALONE, str(ROOT / "gpt.py")], cwd=tmp_path,
-                            capture_output=True, text=True, timeout=120)
+    """Copied into an empty folder it adapts, trains, merges; files ask for a package, and work once gpt.py is there."""
+    result = alone(tmp_path, str(ROOT / "gpt.py"))
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_hooks_go_on_with_their_layer():
-    """Forward, pre and backward hooks run with the adapter and after merging, until their handle removes them."""
-    model, seen = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), []
-    model[0].register_load_state_dict_pre_hook(lambda *_: seen.append("loaded"))  # bound to a layer that goes
-    handles = [model[0].register_forward_hook(lambda *_: seen.append("after")),
-               model[0].register_forward_pre_hook(lambda *_: seen.append("before")),
-               model[0].register_full_backward_hook(lambda *_: seen.append("back"))]
-    for change in (lambda model: apply_lora(model, 2), merge_lora, unmerge_lora):
-        change(model)
-        seen.clear()
-        model(torch.ones(2, 6, requires_grad=True)).sum().backward()
-        assert seen == ["before", "after", "back"]
-    model.load_state_dict(model.state_dict())
-    for handle in handles:
-        handle.remove()
-    seen.clear()
-    model(torch.ones(2, 6))
-    assert seen == []
-
-
-def test_a_computed_weight_takes_no_adapter():
-    """Under spectral_norm the weight comes from another parameter: the layer is left out, the model as it was."""
-    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 6))
-    assert list(lora.linears(model)) == ["1"]
-    with pytest.raises(ValueError, match="matches no nn.Linear"):
-        apply_lora(model, targets="0")
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-STUB = """import signal, sys, time
-from pathlib import Path
-asked = []
-def on_signal(number, frame):  # as a run does: save at the end of the step, and a second one of the kind ends it at once
-    signal.signal(number, signal.SIG_DFL)
-    asked.append(number)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, on_signal)
-Path(sys.argv[2].replace("/", "-") + ".started").touch()
-end = time.monotonic() + 20
-while not asked and time.monotonic() < end:
-    time.sleep(0.05)
-time.sleep(0.5)
-Path("saved").touch()
-sys.exit(STATUS)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("number, send, status", [
-    (signal.SIGTERM, "killpg", 143), (signal.SIGINT, "kill", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (signal.SIGTERM, "kill", 143), (signal.SIGTERM, "kill", 0), (signal.SIGINT, "kill", 143),
-        (signal.SIGINT, "killpg", 143)))])
-def test_a_signal_to_compare_stops_the_run_that_it_waits_for(number, send, status, tmp_path):
-    """To it alone or to both processes: the run saves, nothing else is started, also where the run was about to end."""
-    shutil.copy(ROOT / "lora.py", tmp_path)
-    (tmp_path / "finetune_cls.py").write_text(STUB.replace("STATUS", str(status)))
-    process = subprocess.Popen([sys.executable, "lora.py", "--out_dir", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
-    try:
-        end = time.monotonic() + 60
-        while not list(tmp_path.glob("*.started")) and time.monotonic() < end:
-            time.sleep(0.05)
-        getattr(os, send)(process.pid, number)  # "killpg": to both processes
-        assert process.wait(timeout=30) == 128 + number and (tmp_path / "saved").exists()
-        assert len(list(tmp_path.glob("*.started"))) == 1
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_compare_can_run_outside_the_main_thread(tmp_path, monkeypatch):
-    """Where Python lets nobody handle signals: the run's status comes back at once."""
-    monkeypatch.setattr(lora, "__file__", str(tmp_path / "lora.py"))
-    (tmp_path / "finetune_cls.py").write_text("import sys; sys.exit(7)")
-    found = []
-    thread = threading.Thread(target=lambda: found.append(lora.fine_tune("cls", tmp_path, [])))
-    thread.start()
-    thread.join(timeout=30)
-    assert found == [7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,19 +628,19 @@ def test_compare_can_run_outside_the_main_thread(tmp_path, monkeypatch):
 def run_folder(tmp_path, monkeypatch):
     """Return an empty folder, now the current one, with a base checkpoint and an adapter for it."""
     monkeypatch.chdir(tmp_path)
-    gpt.save_checkpoint("base.safetensors", small_model(), {"kind": "char"}, steps=7, val_loss=2.5)
+    gpt.save_checkpoint("base.safetensors", small_model(), CharTokenizer(list("abcdefghijklm")), step=7, val_loss=2.5)
     save_lora(adapted(), "adapter")
     return tmp_path
 
 
 def test_merge_writes_a_plain_checkpoint(run_folder, capsys):
-    """It holds the adapted model's logits, the tokenizer and how the base was made."""
+    """It holds the adapted model's logits and the tokenizer, and no figure of the base, which has other weights."""
     assert lora.main("merge --checkpoint base.safetensors --adapter adapter --out m/merged.safetensors".split()) == 0
-    assert "merged 8 layers into m/merged.safetensors" in capsys.readouterr().out
-    model, tokenizer, made = gpt.load_checkpoint("m/merged.safetensors")
+    assert "m/merged.safetensors: base.safetensors with adapter merged" in capsys.readouterr().out
+    model, tokenizer, info = gpt.load_checkpoint("m/merged.safetensors")
     torch.testing.assert_close(model(IDS), adapted()(IDS), rtol=1e-5, atol=1e-5)
-    assert tokenizer == {"kind": "char"} and made["steps"] == 7 and made["adapter"] == "adapter"
-    assert "val_loss" not in made  # that of the base, which these weights do not have
+    assert tokenizer.encode("abm") == [0, 1, 12]
+    assert info == {"kind": "gpt", "init": "base.safetensors", "adapter": "adapter"}
 
 
 def test_merging_a_runs_adapter_keeps_what_the_run_knew_of_itself(run_folder):
@@ -717,66 +648,60 @@ def test_merging_a_runs_adapter_keeps_what_the_run_knew_of_itself(run_folder):
     save_lora(adapted(), "sft/adapter")
     gpt.save_checkpoint("sft/model.safetensors", small_model(), stage="sft", step=9, val_loss=0.5, template="alpaca")
     assert lora.main("merge --checkpoint base.safetensors --adapter sft/adapter --out m.safetensors".split()) == 0
-    model, _, made = gpt.load_checkpoint("m.safetensors")
+    model, _, info = gpt.load_checkpoint("m.safetensors")
     torch.testing.assert_close(model(IDS), adapted()(IDS), rtol=1e-5, atol=1e-5)
-    assert made == {"kind": "gpt", "stage": "sft", "step": 9, "val_loss": 0.5, "template": "alpaca",
+    assert info == {"kind": "gpt", "stage": "sft", "step": 9, "val_loss": 0.5, "template": "alpaca",
                     "adapter": "sft/adapter"}
 
 
-def test_merging_a_classifiers_adapter_brings_its_head(run_folder, capsys):
-    """The base is a language model, the merged checkpoint a classifier with the logits and labels of the adapted one.
-
-    Without the run's own file beside the adapter nothing knows the labels, and it is refused."""
-    model = apply_lora(classifier(), rank=2)
-    model.out_head.requires_grad_(True)
-    save_lora(shake(model), "run/head")
-    gpt.save_checkpoint("untied.safetensors", small_model(tie_weights=False))
-    command = "merge --checkpoint untied.safetensors --adapter run/head --out cls.safetensors".split()
-    assert lora.main(command) == 1 and not Path("cls.safetensors").exists()
-    assert "use that run's own model.safetensors" in capsys.readouterr().err
-    gpt.save_checkpoint("run/model.safetensors", classifier(), kind="classifier", labels=["a", "b", "c"])
-    assert lora.main(command) == 0
-    merged, _, made = gpt.load_checkpoint("cls.safetensors")
-    torch.testing.assert_close(merged(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-    assert made["kind"] == "classifier" and made["labels"] == ["a", "b", "c"]
-
-
 def test_export_writes_the_same_adapter_with_the_bases_name(run_folder, capsys):
-    """The tensors are equal, the config names the base for Hugging Face."""
-    command = "export --checkpoint base.safetensors --adapter adapter --out peft --base_name hf_base"
-    assert lora.main(command.split()) == 0
-    assert "PeftModel.from_pretrained(base, 'peft')" in capsys.readouterr().out
+    """The tensors are equal, the config names the base for Hugging Face, and the folder still knows its base here."""
+    assert lora.main("export --adapter adapter --out peft --base_name hf_base".split()) == 0
+    shown = capsys.readouterr().out
+    assert "AutoModelForCausalLM.from_pretrained('hf_base')" in shown and "from_pretrained(base, 'peft')" in shown
     assert same(*(gpt.read_safetensors(f"{folder}/adapter_model.safetensors")[0] for folder in ("adapter", "peft")))
     assert json.loads(Path("peft/adapter_config.json").read_text())["base_model_name_or_path"] == "hf_base"
-    assert lora.main("export --checkpoint base.safetensors --adapter adapter".split()) == 0
+    assert torch.equal(load_lora(small_model(), "peft")(IDS), adapted()(IDS))
+    with pytest.raises(ValueError, match="another base"):
+        load_lora(small_model(seed=3), "peft")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_classifiers_adapter_is_exported_as_one(run_folder, capsys, bias):
+    """The printed lines load a sequence classifier with as many labels, and with a bias where the head has one."""
+    model = apply_lora(classifier(bias=bias), rank=2)
+    model.out_head.requires_grad_(True)
+    save_lora(shake(model), "cls")
+    assert lora.main("export --adapter cls --base_name gpt2".split()) == 0
     shown = capsys.readouterr().out
-    assert "python gpt2_weights.py export --source base.safetensors --out out/hf" in shown
-    assert "from_pretrained('out/hf')" in shown and "gpt2'" not in shown
-    assert json.loads(Path("out/peft/adapter_config.json").read_text())["base_model_name_or_path"] == "out/hf"
+    assert "transformers.AutoModelForSequenceClassification.from_pretrained('gpt2', num_labels=3)" in shown
+    assert ("base.score = torch.nn.Linear" in shown) == bias and "CausalLM" not in shown
 
 
-def test_info_prints_the_norm_of_every_update(run_folder, capsys):
-    """Frobenius norm, largest singular value and share of the weight, against the product written out."""
-    assert lora.main("info --adapter adapter --checkpoint base.safetensors".split()) == 0
-    lines = capsys.readouterr().out.splitlines()
-    layer = lora_layers(adapted())["trf_blocks.1.ffn.fc2"]
-    product = (2 * layer.lora_B @ layer.lora_A).detach()
-    row = next(line for line in lines if line.startswith("transformer.h.1.mlp.c_proj")).split()
-    assert row[1:5] == ["8", "x", "32", "2"]
-    assert float(row[5]) == pytest.approx(float(product.norm()), abs=1e-4)
-    assert float(row[6]) == pytest.approx(float(torch.linalg.matrix_norm(product, 2)), abs=1e-4)
-    assert float(row[7].rstrip("%")) == pytest.approx(float(100 * product.norm() / layer.weight.norm()), abs=0.01)
-    assert len(lines) == 2 + 8 and f"{sum(p.numel() for p in lora_parameters(adapted())):,} parameters" in lines[0]
+def test_info_prints_what_adapters_cost(run_folder, capsys):
+    """Trained numbers, share, bytes of the file and of AdamW for each rank, as apply_lora adds them."""
+    assert lora.main(["info"]) == 0  # GPT-2 by name, without its weights
+    rows = {line[:12].strip(): line[12:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["all weights"] == ["124,439,808", "100.00%", "497.76", "1493.3"]
+    assert rows["rank 8"] == ["1,179,648", "0.95%", "4.72", "14.2"]
+    assert list(rows)[1:] == ["rank 4", "rank 8", "rank 32"]
+    command = "info --checkpoint base.safetensors --lora_rank 2 --lora_targets qkv,fc1"
+    assert lora.main(command.split()) == 0
+    count = sum(p.numel() for p in lora_parameters(apply_lora(small_model(), 2, targets="qkv,fc1")))
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["rank", "2", f"{count:,}"]
 
 
 @pytest.mark.parametrize("command, status, message", [
-    ("merge --adapter nowhere --checkpoint base.safetensors", 1, "no nowhere"),
-    ("info --adapter .", 1, "give one of: adapter"),
+    ("merge --adapter nowhere --checkpoint base.safetensors", 1, "nowhere/adapter_config.json"),
     ("merge --adapter adapter --checkpoint nowhere", 1, "no checkpoint nowhere"),
     ("merge --adapter adapter --checkpoint other.safetensors", 1, "another base"),
     ("merge --adapter adapter --checkpoint base.safetensors --out base.safetensors", 2, "would overwrite"),
-    ("compare --lora_rank 0", 2, "--lora_rank must be at least 1"),
-    ("compare --lora_rnak 4", 2, "did you mean --lora_rank"),
+    ("export --adapter .", 1, "adapter_config.json"),
+    ("info --lora_rank 0", 1, "from 1 to 768"),
+    ("info --lora_rank four", 2, "invalid int value: 'four'"),
+    ("info --lora_targets c_attn", 1, "'c_attn' matches no nn.Linear; there are: attn.qkv"),
+    ("info --checkpoint nowhere", 1, "nowhere"),
+    ("info --lora_rnak 4", 2, "did you mean --lora_rank"),
     ("split", 2, "unknown command 'split'"),
 ])
 def test_mistakes_on_the_command_line_are_one_line(run_folder, capfd, command, status, message):
@@ -785,61 +710,6 @@ def test_mistakes_on_the_command_line_are_one_line(run_folder, capfd, command, s
     assert lora.main(command.split()) == status
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-STAND_IN = """
-import json, pathlib, sys
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if "--fail" in flags:
-    print("error: as asked", file=sys.stderr)
-    sys.exit(2)
-out, rank = pathlib.Path(flags["--out_dir"]), int(flags.get("--lora_rank", 0))
-(out / "adapter").mkdir(parents=True)
-(out / "model.safetensors").write_bytes(bytes(2**22))
-if rank:
-    (out / "adapter" / "adapter_model.safetensors").write_bytes(bytes(2**16 * rank))
-print("a report")
-json.dump({"stage": "x", "seconds": 1, "steps": int(flags["--max_steps"]), "optimizer_bytes": 2**20 * (rank or 100),
-           "trainable_parameters": 1000 * rank or 123456, "peak_memory_bytes": 2**30, "step_seconds": 0.25,
-           "SCORE": 0.9 - rank / 1000, "exact_match": 0.1, "seed": 3, "data": {"source": "d"}}, open(out / "summary.json", "w"))
-"""
-
-
-@pytest.mark.parametrize("task, script, score, key", [
-    ("cls", "finetune_cls.py", "test_accuracy", "test_accuracy"),
-    ("sft", "finetune_sft.py", "exact_match", "exact_match_mean")])  # the mean of several seeds comes first
-def test_compare_runs_the_script_fully_and_with_each_rank(tmp_path, monkeypatch, capfd, task, script, score, key):
-    """With a stand-in for the script: the table, the gap in points, summary.json; a failure's status is passed on."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "lora.py", tmp_path)
-    spec = importlib.util.spec_from_file_location("lora_copy", tmp_path / "lora.py")
-    copied = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copied)
-    assert copied.main(["compare", "--task", task]) == 1
-    assert f"{script}, which is not beside lora.py" in capfd.readouterr().err
-    (tmp_path / script).write_text(STAND_IN.replace("SCORE", key), encoding="utf-8")
-    assert copied.main(["compare", "--task", task, "--lora_rank", "4", "8", "--flags=--max_steps 5"]) == 0
-    out, err = capfd.readouterr()
-    table = [line.split() for line in out.splitlines()]
-    assert table[0][-1] == score and "a report" in err and "a report" not in out
-    assert table[1] == ["full", "123,456", "100.0", "1,024", "250.0", "4.00", "0.9000"]
-    assert table[2] == ["rank4", "4,000", "4.0", "1,024", "250.0", "0.25", "0.8960"]
-    assert out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"
-    summary = json.loads((tmp_path / "out" / "lora" / "summary.json").read_text())
-    assert summary["stage"] == "lora" and summary["points_below_full"]["rank4"] == pytest.approx(0.4)
-    assert summary["command"] == f"python lora.py compare --task {task} --lora_rank 4 8 '--flags=--max_steps 5'"
-    assert (summary["steps"], summary["seed"], summary["data"]) == (5, 3, {"source": "d"})
-    assert summary["config"]["lora_rank"] == [4, 8] and summary["config"]["task"] == task
-    assert copied.main(["compare", "--task", task, "--full", "out/lora/full", "--out_dir", "out/again",
-                        "--flags=--max_steps 5"]) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == "rank8: 0.8 points below full fine-tuning"
-    assert Path("out/again/rank8").exists() and not Path("out/again/full").exists()  # as it was there
-    assert copied.main(["compare", "--task", task, "--full", "out/lora/rank4"]) == 1
-    assert "rank4 is no run of" in capfd.readouterr().err
-    assert copied.main(["compare", "--task", task, "--full", "nowhere"]) == 1
-    assert capfd.readouterr().err.startswith(f"error: nowhere holds no finished run of {script}; make one, or leave")
-    assert copied.main(["compare", "--task", task, "--flags=--fail now"]) == 2
-    assert capfd.readouterr().err.endswith("error: as asked\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -910,13 +780,17 @@ def test_peft_loads_our_adapter_and_gives_our_logits(tmp_path, options, recwarn)
 
 
 @pytest.mark.peer
-def test_peft_loads_our_classifier_with_its_head(tmp_path):
+@pytest.mark.parametrize("bias", [False, True])
+def test_peft_loads_our_classifier_with_its_head(tmp_path, bias):
     """GPT2ForSequenceClassification takes adapter and head from our file; its score is our last position's logits."""
     peft = pytest.importorskip("peft")
-    model = apply_lora(classifier(), rank=2)
+    model = apply_lora(classifier(bias=bias), rank=2)
     model.out_head.requires_grad_(True)
     save_lora(shake(model), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(hugging_face(classifier(), num_labels=3, pad_token_id=0), tmp_path)
+    base = hugging_face(classifier(), num_labels=3, pad_token_id=0)
+    if bias:
+        base.score = nn.Linear(base.score.in_features, base.num_labels)  # as `lora.py export` prints
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     ids = IDS[:1]
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids)[:, -1], rtol=1e-4, atol=1e-4)
@@ -958,7 +832,7 @@ def test_a_general_model_travels_both_ways(tmp_path):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
 
-    ours = shake(apply_lora(network(), rank=2, alpha=6))
+    ours = shake(apply_lora(network(), rank=2, alpha=6, dropout=0))
     save_lora(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(network(), tmp_path, is_trainable=True)
     x = torch.randn(5, 6)
@@ -972,17 +846,20 @@ def test_a_general_model_travels_both_ways(tmp_path):
 
 @pytest.mark.peer
 def test_without_gpt_py_the_safetensors_package_serves(tmp_path, monkeypatch):
-    """Written by the package the file is read by gpt.py, and the other way round; damage is seen by both."""
+    """lora.py alone saves and loads by the package; its files and gpt.py's are read by both, and damage is seen."""
     pytest.importorskip("safetensors")
     pytest.importorskip("numpy")
+    (tmp_path / "alone").mkdir()
+    result = alone(tmp_path / "alone")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     model = adapted()
     save_lora(model, tmp_path / "gpt")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gpt", None)
         save_lora(model, tmp_path / "package")
         assert torch.equal(load_lora(small_model(), tmp_path / "gpt")(IDS), model(IDS))
-    path = tmp_path / "package" / "adapter_model.safetensors"
-    assert torch.equal(load_lora(small_model(), path.parent)(IDS), model(IDS))
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match="damaged"):
-        load_lora(small_model(), path.parent)
+        path = tmp_path / "gpt" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        with pytest.raises(ValueError, match="damaged"):
+            load_lora(small_model(), path.parent)
+    assert torch.equal(load_lora(small_model(), tmp_path / "package")(IDS), model(IDS))
