@@ -42,20 +42,21 @@ def real_data():
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Return a function: step -> a context in which every run gets SIGTERM after the report of that step."""
+    """Return a function: n -> a context in which every run gets SIGTERM before its n-th look at Stop, one a step."""
     import train
 
     @contextlib.contextmanager
-    def stopping(step):
-        original = train.Run.report
+    def stopping(n, number=signal.SIGTERM):
+        real = train.Stop.__bool__
 
-        def report(run, *figures):
-            original(run, *figures)
-            if run.step == step:
-                run.on_signal(signal.SIGTERM, None)
+        def look(stop):
+            stop.looks = getattr(stop, "looks", 0) + 1
+            if stop.looks == n:
+                stop.signal = number
+            return real(stop)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.Run, "report", report)
+            patch.setattr(train.Stop, "__bool__", look)
             yield
 
     return stopping
@@ -63,7 +64,7 @@ def stop_after(monkeypatch):
 
 @pytest.fixture
 def gpt2_tokenizer():
-    """Return tiktoken's GPT-2 tokenizer, or skip where its files are neither cached nor to be had."""
+    """Return tiktoken's GPT-2 tokenizer, or skip where its files are not cached."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with GPT-2's vocabulary to run this offline")
     from tokenizer import load_tokenizer

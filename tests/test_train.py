@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -9,9 +10,8 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,8 @@ import gpt
 import train
 from tokenizer import CharTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = "--tokenizer char --emb_dim 16 --n_layers 2 --n_heads 2 --context_length 16 --batch_size 4 --sample_tokens 5 --learning_rate 1e-3".split()
+TINY = ("--tokenizer char --emb_dim 16 --n_layers 2 --n_heads 2 --context_length 16 --batch_size 4 --sample_tokens 5 "
+        "--learning_rate 1e-3").split()
 
 
 @pytest.fixture
@@ -50,6 +50,11 @@ def last_weights(folder="out/pretrain"):
         digest.update(name.encode())
         digest.update(gpt.tensor_bytes(state["model"][name].contiguous()))
     return digest.hexdigest(), gpt.read_safetensors(f"{folder}/model.safetensors")[1]["data_sha256"]
+
+
+def logged(folder="out/pretrain"):
+    """Return the rows of a run's log."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # --- pure functions
@@ -93,12 +98,12 @@ def test_schedule_rises_falls_and_ends_where_it_should():
     assert factor(20, "cosine") > factor(20, "linear")
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions():
+def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_directions():
     """Newton-Schulz against the SVD: U V^T for well-conditioned matrices, within the quintic's band of [.65, 1.25]."""
     torch.manual_seed(0)
     for shape in ((3, 8, 8), (2, 8, 32), (2, 32, 8)):
         matrices = torch.randn(shape, dtype=torch.float64)
-        got = train.orthogonalise(matrices)
+        got = train.orthogonalize(matrices)
         values = torch.linalg.svdvals(got)
         assert got.shape == shape and values.min() > 0.3 and values.max() < 1.25
         u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
@@ -121,7 +126,7 @@ def test_a_muon_step_has_the_size_and_direction_it_should():
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 16), (8, 32), (32, 8), (1, 8)])
-def test_orthogonalising_keeps_the_directions_and_evens_their_lengths(shape):
+def test_orthogonalizing_keeps_the_directions_and_evens_their_lengths(shape):
     """U diag(f(s)) V^T: f is the quintic applied five times to s / |s|, in both ways to compute it."""
     torch.manual_seed(0)
     matrices = torch.randn(2, *shape, dtype=torch.float64)
@@ -129,7 +134,7 @@ def test_orthogonalising_keeps_the_directions_and_evens_their_lengths(shape):
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert torch.allclose(train.orthogonalise(matrices), u @ torch.diag_embed(s) @ vh, atol=1e-6)
+    assert torch.allclose(train.orthogonalize(matrices), u @ torch.diag_embed(s) @ vh, atol=1e-6)
 
 
 def test_a_fused_qkv_matrix_is_three_matrices_to_muon():
@@ -160,38 +165,57 @@ def test_adamw_decays_matrices_only_and_every_parameter_has_one_optimizer():
         id(p) for block in model.trf_blocks for p in block.parameters() if p.dim() == 2}
 
 
-def test_adamw_is_torchs_own_to_the_bit_also_when_resumed():
-    """Five updates, the state handed to a new optimizer, three more: the weights of torch's class without a break."""
-    torch.manual_seed(0)
-    models, x = [nn.Linear(7, 5), nn.Linear(7, 5)], torch.randn(3, 7)
-    models[1].load_state_dict(models[0].state_dict())
-    ours, theirs = (kind(model.parameters(), lr=0.1, weight_decay=0.3, fused=True)
-                    for kind, model in zip((train.AdamW, torch.optim.AdamW), models))
-    for step in range(8):
-        if step == 5:
-            state, ours = ours.state_dict(), train.AdamW(models[0].parameters())
-            ours.load_state_dict(state)
-        for model, optimizer in zip(models, (ours, theirs)):
-            model.zero_grad()
-            (model(x) ** 2).sum().backward()
-            optimizer.step()
-        assert torch.equal(models[0].weight, models[1].weight) and torch.equal(models[0].bias, models[1].bias)
-        assert all(p.requires_grad and p.grad is not None for p in models[0].parameters())
+@pytest.mark.parametrize("word", ["train", "evaluate", "report"])
+def test_help_shows_the_flags_that_a_command_reads_and_their_defaults(word, monkeypatch, capsys):
+    """No other flag is shown or taken; a default that is shown is the one that the command gets."""
+    given, commands = [], {}
+    monkeypatch.setattr(train, "run_script", lambda doc, Config, found, *rest, **named: commands.update(found))
+    train.main([])
+    monkeypatch.undo()
+    command = commands[word]._replace(function=given.append)
+    assert train.run_script("", train.Config, {word: commands[word]}, [word, "--help"]) == 0
+    shown = capsys.readouterr().out
+    options = re.split(r"\n  --", shown.partition("options:")[2])[1:]
+    names = [re.match(r"\w+", option)[0] for option in options]
+    assert sorted(names) == sorted(command.flags.split()) and shown.count("\n") < 100
+    assert train.run_script("", train.Config, {word: command}, [word], adjust=train.default_rate) == 0
+    defaults = [re.search(r"\(default (.*?)\)", " ".join(option.split())) for option in options]
+    on = {"on": "True", "off": "False"}
+    found = {name: on.get(default[1], default[1]) for name, default in zip(names, defaults) if default}
+    assert found == {name: str(getattr(given[0], name)) for name in found} and len(found) >= len(names) - 2
+    other = next(field.name for field in dataclasses.fields(train.Config) if field.name not in [*names, "command"]
+                 ) if word != "train" else "checkpoint"
+    assert train.run_script("", train.Config, {word: command}, [word, f"--{other}", "1"]) == 2
+    assert f"--{other}" in capsys.readouterr().err and len(given) == 1
 
 
-def test_a_run_does_without_torchs_compiler(text):
-    """From its start to its last file a run imports no torch._dynamo, which takes half as long as torch itself."""
-    words = ["--data", text, *TINY, "--max_steps", "2", "--warmup_steps", "0"]
-    code = f"import sys, train; print(train.main({words}), 'torch._dynamo' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                           capture_output=True, text=True, timeout=100)
-    assert found.stdout.splitlines()[-1] == "0 False", found.stderr
+@pytest.mark.parametrize("flags, rate", [("", 1.2e-2), ("--optimizer adamw", 1e-3), ("--init gpt2", 2e-3),
+                                         ("--model gpt2-medium --optimizer adamw", 6e-4),
+                                         ("--optimizer adamw --learning_rate 5", 5)])
+def test_the_default_rate_follows_optimizer_and_size_and_a_given_one_is_kept(flags, rate):
+    """A Config is complete before a command sees it."""
+    seen = []
+    command = train.Command(lambda config: seen.append(config.learning_rate), train.TRAINING + " model")
+    assert train.run_script("", train.Config, {"train": command}, flags.split(), adjust=train.default_rate) == 0
+    assert seen == [rate]
 
 
-def test_ticks_are_round_and_inside():
-    """The axis marks of a picture."""
-    assert train.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert train.ticks(1.83, 4.21) == [2, 2.5, 3, 3.5, 4]
+def test_batches_cover_every_example_once_an_epoch_and_go_on_where_a_run_stopped():
+    """11 examples in batches of 4 over four epochs and a bit; from any step on, the rest of the same list."""
+    def listed(progress, **named):
+        for indices in train.batches(11, train.Config(batch_size=4, patience=3), progress, 13, **named):
+            yield indices
+            progress.step += 1
+
+    whole = list(listed(train.Progress()))
+    assert [len(indices) for indices in whole] == [4, 4, 3] * 4 + [4]
+    epochs = [sum(whole[i : i + 3], []) for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    for step in range(14):
+        assert list(listed(train.Progress(step=step))) == whole[step:]
+    assert list(listed(train.Progress(), order=lambda epoch: torch.arange(11)))[4] == [4, 5, 6, 7]
+    for ended in (train.Progress(bad_evaluations=3), train.Progress(extra={"ended": True})):
+        assert not list(listed(ended))
 
 
 # --- whole runs
@@ -200,7 +224,7 @@ def test_ticks_are_round_and_inside():
 def test_a_run_learns_and_writes_what_it_promises(text, capsys):
     """The loss falls well below the untrained ln V, and model, state, metrics, curves, samples and summary appear."""
     summary = pretrain("--max_steps", 60, "--eval_every", 30, "--learning_rate", "0.01", "--warmup_steps", 5)
-    rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
+    rows = logged()
     start = next(row["val_loss"] for row in rows if row["step"] == 0)
     vocabulary = gpt.load_checkpoint("out/pretrain/model.safetensors")[0].config.vocab_size
     assert start == pytest.approx(math.log(vocabulary), abs=0.2)
@@ -242,24 +266,11 @@ def test_the_hash_of_frozen_weights_is_theirs_where_they_have_to_be_copied(monke
     """On a GPU `cpu()` makes a tensor that nobody else holds: its memory must last until it is hashed."""
     torch.manual_seed(0)
     model = gpt.GPTModel(gpt.GPT_CONFIGS["tiny"]).requires_grad_(False)
-    expected = train.frozen_sha256(model)
+    expected = train.fingerprint(model)["frozen"]
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
-    assert [train.frozen_sha256(model) for _ in range(3)] == [expected] * 3
+    assert [train.fingerprint(model)["frozen"] for _ in range(3)] == [expected] * 3
     next(model.parameters())[0, 0] += 1
-    assert train.frozen_sha256(model) != expected
-
-
-def test_a_state_that_lacks_a_newer_option_resumes_with_its_default(text, stop_after, capsys):
-    """An option that came later than the state counts as not given; given otherwise, it differs."""
-    flags = ["--max_steps", 4]
-    with stop_after(2):
-        pretrain(*flags, status=128 + signal.SIGTERM)
-    state = torch.load("out/pretrain/state.pt", weights_only=True)
-    del state["options"]["momentum"]
-    torch.save(state, "out/pretrain/state.pt")
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "4", "--resume", "--momentum", "0.5"], 2,
-                "momentum: saved 0.9, given 0.5")
-    assert pretrain(*flags, "--resume")["steps"] == 4
+    assert train.fingerprint(model)["frozen"] != expected
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(text):
@@ -269,78 +280,105 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(text):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(text, optimizer, stop_after):
-    """Stopped by a signal after step 1, 7 (mid-epoch), 10 (after an evaluation) and 23, then resumed, with dropout."""
+    """Stopped after step 1, 10 (after an evaluation) and 23, then resumed, with dropout and micro-batches."""
     flags = ["--max_steps", 24, "--eval_every", 10, "--save_every", 3, "--drop_rate", 0.1, "--optimizer", optimizer,
              "--accumulate", 2]
     pretrain(*flags)
     expected = last_weights()
     os.rename("out/pretrain", "out/whole")
-    for stop_at in (1, 7, 10, 23):
+    for stop_at in (1, 10, 23):
         with stop_after(stop_at):
             pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
         pretrain(*flags, "--resume")
         assert last_weights() == expected, stop_at
-        steps = [json.loads(line)["step"] for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
+        steps = [row["step"] for row in logged()]
         assert steps == sorted(steps) and steps.count(24) == 2
         os.rename("out/pretrain", f"out/stopped{stop_at}")
 
 
-def test_a_resume_that_lost_the_random_numbers_is_seen(text, stop_after):
-    """The control of the test above: without the saved RNG a run with dropout ends with other bits."""
-    flags = ["--max_steps", 12, "--drop_rate", 0.1, "--save_every", 5]
+def test_a_stop_between_two_looks_loses_no_step(text, monkeypatch):
+    """The first look says no, every later one yes: one look decides both the save and the end, so step 2 is kept."""
+    flags, looks, steps = ["--max_steps", 9, "--save_every", 0, "--drop_rate", 0.1], [], []
     pretrain(*flags)
     expected = last_weights()
-    os.rename("out/pretrain", "out/whole")
-    with stop_after(6):
-        pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
-    state = torch.load("out/pretrain/state.pt", weights_only=True)
-    state["rng"] = torch.Generator().manual_seed(99).get_state()
-    torch.save(state, "out/pretrain/state.pt")
+    real = torch.Tensor.backward
+
+    def look(stop):
+        looks.append(1)
+        stop.signal = signal.SIGTERM * (len(looks) > 1)
+        return len(looks) > 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stop, "__bool__", look)
+        patch.setattr(torch.Tensor, "backward", lambda loss: (steps.append(1), real(loss)))
+        pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
+    assert len(steps) == len(looks) == 2 == train.read_state("out/pretrain/state.pt")["step"]
     pretrain(*flags, "--resume")
-    assert last_weights() != expected
+    assert last_weights() == expected
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(text):
-    """SIGKILL from outside at three moments; what is on disk is always whole, and the resumed run ends the same."""
-    flags = ["train", "--data", text, *TINY, "--max_steps", "400", "--eval_every", "50", "--save_every", "20"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out_dir", "whole"], check=True, env=environment, capture_output=True)
-    for tries in range(3):
-        process = subprocess.Popen([*command, "--out_dir", f"k{tries}"], env=environment, stderr=subprocess.DEVNULL)
-        while not os.path.exists(f"k{tries}/state.pt") and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(0.11 * tries)
-        process.kill()
-        process.wait()
-        subprocess.run([*command, "--out_dir", f"k{tries}", "--resume"], check=True, env=environment, capture_output=True)
-        assert last_weights(f"k{tries}") == last_weights("whole")
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_new_optimizer_in_two_places_trains_stops_and_resumes(text, momentum, stop_after, monkeypatch, capsys):
+    """SGD as a choice of --optimizer and in make_optimizers: the same bits; without momentum it has no state."""
+    @dataclasses.dataclass
+    class Config(train.Config):
+        optimizer: str = train.option("sgd", "plain gradient descent", choices=("adamw", "muon", "sgd"))
+
+    monkeypatch.setattr(train, "Config", Config)
+    monkeypatch.setattr(train, "make_optimizers", lambda model, config: [
+        torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=momentum)])
+    flags = ["--optimizer", "sgd", "--max_steps", 20, "--eval_every", 5, "--learning_rate", 0.1, "--drop_rate", 0.1]
+    losses = [row["val_loss"] for row in logged() if "val_loss" in row] if pretrain(*flags) else []
+    assert losses[-1] < losses[0] - 0.1
+    expected = last_weights()
+    for step in (1, 13):
+        with stop_after(step):
+            pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
+        state = train.read_state("out/pretrain/state.pt")["optimizers"][0]["state"]
+        assert bool(state) == bool(momentum)
+        pretrain(*flags, "--resume")
+        assert last_weights() == expected
+    if momentum:  # the control: momentum that starts anew ends elsewhere
+        with stop_after(13):
+            pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
+        state = train.read_state("out/pretrain/state.pt")
+        for values in state["optimizers"][0]["state"].values():
+            values["momentum_buffer"].zero_()
+        torch.save(state, "out/pretrain/state.pt")
+        pretrain(*flags, "--resume")
+        assert last_weights() != expected
 
 
-def test_an_update_clips_to_the_norm_and_takes_the_scheduled_rate(text):
+def test_an_update_clips_to_the_norm_and_takes_the_scheduled_rate(text, monkeypatch):
     """With plain gradient descent the step's length is rate x clip, the rate that of the schedule at that step."""
-    weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    model = nn.ParameterDict({"w": weight})
-    config = train.Config(clip=0.5, learning_rate=0.1, warmup_steps=4, max_steps=8)
-    run, sgd = train.Run(config, "test"), torch.optim.SGD([weight], lr=0.1)
-    sgd.param_groups[0]["peak"] = 0.1
-    run.start(model, [sgd], 8, "none")
-    for step in range(8):
-        before = weight.detach().clone()
-        weight.grad = torch.tensor([30.0, 0.0, 40.0], dtype=torch.float64)
-        norm, rate = run.update(1.0, 1)
-        assert norm == pytest.approx(50)
-        assert rate == pytest.approx(0.1 * train.rate_factor(step, 8, 4, "cosine", 0.1))
-        assert (before - weight.detach()).norm().item() == pytest.approx(0.5 * rate, rel=1e-4)
-    run.close()
+    lengths, norms = [], []
+
+    class Measured(torch.optim.SGD):
+        def step(self):
+            before = [p.detach().double() for p in self.param_groups[0]["params"]]
+            super().step()
+            after = self.param_groups[0]["params"]
+            lengths.append(math.sqrt(sum((b - p.detach()).square().sum().item() for b, p in zip(before, after))))
+            norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in after)))
+
+    monkeypatch.setattr(train, "make_optimizers", lambda model, config: [Measured(model.parameters(), lr=9.0)])
+    pretrain("--max_steps", 8, "--warmup_steps", 4, "--learning_rate", 0.1, "--clip", 0.05, "--log_every", 1)
+    rows = [row for row in logged() if "loss" in row]
+    expected = [0.1 * train.rate_factor(step, 8, 4, "cosine", 0.1) for step in range(8)]
+    assert [row["rate"] for row in rows] == pytest.approx(expected)
+    assert lengths == pytest.approx([0.05 * rate for rate in expected], rel=1e-3) and norms == pytest.approx([0.05] * 8)
+    assert min(row["norm"] for row in rows) > 0.1  # as logged, before clipping
 
 
-def test_the_best_weights_are_kept_apart_from_the_last(text):
+def test_the_best_weights_are_kept_apart_from_the_last_also_when_resumed(text, stop_after):
     """A rate that ruins the model leaves model.safetensors at step 0 while state.pt goes on."""
-    pretrain("--max_steps", 10, "--eval_every", 5, "--learning_rate", 3, "--warmup_steps", 0, "--optimizer", "adamw")
-    assert gpt.load_checkpoint("out/pretrain/model.safetensors")[2]["step"] == 0
-    assert train.read_state("out/pretrain/state.pt")["step"] == 10
+    flags = ["--max_steps", 10, "--eval_every", 5, "--learning_rate", 3, "--warmup_steps", 0, "--optimizer", "adamw"]
+    for step in (10, 3):
+        with stop_after(step):
+            pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
+        pretrain(*flags, "--resume")
+        assert gpt.load_checkpoint("out/pretrain/model.safetensors")[2]["step"] == 0
+        assert train.read_state("out/pretrain/state.pt")["step"] == 10
 
 
 def test_init_goes_on_from_a_checkpoint_with_its_own_tokenizer(text):
@@ -350,7 +388,7 @@ def test_init_goes_on_from_a_checkpoint_with_its_own_tokenizer(text):
     Path("text.txt").write_text(Path(text).read_text(encoding="utf-8") + " ", encoding="utf-8")
     pretrain("--max_steps", 1, "--init", "out/first/model.safetensors", "--tokenizer", train.Config.tokenizer,
              "--context_length", 0, "--emb_dim", 0, "--n_layers", 0, "--n_heads", 0)
-    rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
+    rows = logged()
     start = next(row["val_loss"] for row in rows if row["step"] == 0)
     assert start == pytest.approx(first["val_loss"], abs=0.02)
 
@@ -367,7 +405,7 @@ def check_error(capsys, argv, status, *words):
 
 
 def test_an_existing_run_is_never_overwritten(text, capsys):
-    """Without --resume or --fresh exit 2 and no byte changes; --fresh moves it aside; --resume of a finished run is 0."""
+    """Without --resume or --fresh exit 2, no byte changes; --fresh moves it aside; --resume of a finished run is 0."""
     pretrain("--max_steps", 3)
     before = {path: path.read_bytes() for path in Path("out/pretrain").iterdir()}
     base = ["--data", text, *TINY, "--max_steps", "3"]
@@ -375,9 +413,9 @@ def test_an_existing_run_is_never_overwritten(text, capsys):
     check_error(capsys, [*base, "--resume", "--learning_rate", "0.5", "--seed", "7"], 2,
                 "learning_rate: saved 0.001, given 0.5", "seed: saved 1234, given 7")
     longer = ["--data", text, *TINY, "--max_steps", "9", "--resume"]
-    check_error(capsys, longer, 2, "max_steps: saved 3, given 9", "--init out/pretrain/model.safetensors --out_dir NEW")
+    check_error(capsys, longer, 2, "max_steps: saved 3, given 9", "--init out/pretrain/model.safetensors")
     own = ["--data", text, "--max_steps", "3", "--init", "out/pretrain/model.safetensors", "--fresh"]
-    check_error(capsys, own, 2, "--init out/pretrain/model.safetensors lies in --out_dir", "another --out_dir")
+    check_error(capsys, own, 2, "--fresh", "out/pretrain aside", "--init", "another --out_dir")
     assert train.main([*base, "--resume"]) == 0
     assert {path: path.read_bytes() for path in Path("out/pretrain").iterdir() if path.name != ".lock"} == {
         path: data for path, data in before.items() if path.name != ".lock"}
@@ -401,120 +439,67 @@ def test_a_run_killed_right_after_its_start_resumes_to_the_same_bits(text, monke
     """After the first evaluation wrote a model, and before it, with the state of step 0 or, after an error, nothing."""
     flags = ["--max_steps", 6, "--drop_rate", 0.1, "--save_every", 0]
     pretrain(*flags)
-    expected = last_weights()
-    original, close = train.evaluate_and_keep, train.Run.close
-    for finished, kept in ((True, True), (False, True), (False, False)):
+    expected, original = last_weights(), train.evaluate_and_save
+    for evaluated, killed in ((True, True), (False, True), (False, False)):
 
-        def killed(run, *parts):
-            if finished:
-                original(run, *parts)
-            if kept:  # no clearing up after SIGKILL
-                monkeypatch.setattr(train.Run, "close", lambda run: run.lock_file.close())
+        def ends(*parts):
+            if evaluated:
+                original(*parts)
+            shutil.copytree("out/pretrain", f"as_killed{evaluated}", dirs_exist_ok=True)  # SIGKILL clears nothing away
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train, "evaluate_and_keep", killed)
+        monkeypatch.setattr(train, "evaluate_and_save", ends)
         pretrain(*flags, "--fresh", status=130)
-        assert Path("out/pretrain/model.safetensors").exists() == finished
-        assert Path("out/pretrain/state.pt").exists() == kept
-        monkeypatch.setattr(train.Run, "close", close)
-        monkeypatch.setattr(train, "evaluate_and_keep", original)
+        if killed:
+            shutil.rmtree("out/pretrain", ignore_errors=True)
+            shutil.copytree(f"as_killed{evaluated}", "out/pretrain")
+        assert Path("out/pretrain/model.safetensors").exists() == evaluated
+        assert Path("out/pretrain/state.pt").exists() == Path("out/pretrain").exists() == killed
+        monkeypatch.setattr(train, "evaluate_and_save", original)
         pretrain(*flags, "--resume")
         assert last_weights() == expected
 
 
 def test_a_finished_run_gives_its_folder_back(text):
-    """From Python, where no script ends: asked twice to resume, it returns the summary twice."""
+    """From Python, where no script ends: a second resume returns the summary too, and the lock is free."""
     summary = pretrain("--max_steps", 2)
-    config = train.config_parser(train.Config, "", "train.py", ["train"]).parse_args(
-        ["--data", "text.txt", *TINY, "--max_steps", "2", "--resume"])
+    names = dict(zip((word[2:] for word in TINY[::2]), TINY[1::2]))
+    values = {name: type(getattr(train.Config, name))(value) for name, value in names.items()}
+    config = train.Config(data="text.txt", max_steps=2, resume=True, **values)
     for _ in range(2):
-        assert train.train(train.Config(**vars(config))) == summary
-
-
-def test_a_finished_run_with_a_constant_rate_can_be_made_longer(text, capsys):
-    """6 steps and then 6 more are the bits of 12 at once; shorter, or with a schedule that has an end, is refused."""
-    flags = ["--schedule", "constant", "--eval_every", 3, "--drop_rate", 0.1, "--warmup_steps", 2]
-    pretrain(*flags, "--max_steps", 12)
-    expected = last_weights()
-    pretrain(*flags, "--max_steps", 6, "--fresh")
-    assert pretrain(*flags, "--max_steps", 12, "--resume")["steps"] == 12
-    assert last_weights() == expected
-    flags = ["--data", text, *TINY, *map(str, flags), "--resume"]
-    check_error(capsys, [*flags, "--max_steps", "7"], 2, "max_steps: saved 12, given 7")
-    check_error(capsys, [*flags, "--max_steps", "13", "--schedule", "cosine"], 2, "max_steps: saved 12, given 13")
+        assert train.train(config) == summary
+    train.lock(Path("out/pretrain")).close()
 
 
 def test_resume_takes_other_options_that_decide_nothing(text, capsys, stop_after):
-    """More saves, another log; and a state of an earlier version, which also held options of other commands."""
+    """More saves, another log; and a finished run is finished."""
     flags = ["--max_steps", 6, "--save_every", 2]
     with stop_after(3):
         pretrain(*flags, status=128 + signal.SIGTERM)
-    state = torch.load("out/pretrain/state.pt", weights_only=True)
-    assert "save_every" not in state["options"] and "batch_size" in state["options"]
-    state["options"].update(save_every=2, judge="", judge_model="llama3", against="", text=(), part="test")
-    torch.save(state, "out/pretrain/state.pt")
+    options = train.read_state("out/pretrain/state.pt")["options"]
+    assert "save_every" not in options and "batch_size" in options
     capsys.readouterr()
-    assert pretrain(*flags, "--resume", "--save_every", 5)["steps"] == 6
+    assert pretrain(*flags, "--resume", "--save_every", 5, "--log_every", 1)["steps"] == 6
     assert "resumed at step 3" in capsys.readouterr().err
-    state["step"] = 6
-    torch.save(state, "out/pretrain/state.pt")
     pretrain(*flags, "--resume")
     assert "out/pretrain is finished" in capsys.readouterr().err
+
+
+def test_a_state_of_the_first_edition_is_refused_in_one_line(text, capsys):
+    """Its format is 1: it has keys of the same names, so it must not be taken for ours."""
+    pretrain("--max_steps", 2)
+    Path("out/pretrain/summary.json").unlink()
+    state = train.read_state("out/pretrain/state.pt")
+    for kept in ({**state, "format": 1}, [state], {key: value for key, value in state.items() if key != "format"}):
+        torch.save(kept, "out/pretrain/state.pt")
+        check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 1, "state.pt",
+                    "not a state of this", "--fresh")
 
 
 def test_resume_in_an_empty_folder_starts_and_says_so(text, capsys):
     """--resume is safe to give always."""
     pretrain("--max_steps", 2, "--resume")
-    assert "starting at step 0" in capsys.readouterr().err
-
-
-def test_a_second_run_in_the_same_folder_is_refused(text, capsys):
-    """Two processes never write into one folder; the lock ends with its holder."""
-    holder = train.Run(train.Config(), "pretrain")
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "2"], 2, "in use by process", str(os.getpid()))
-    holder.close()
-    pretrain("--max_steps", 2)
-
-
-def test_a_damaged_state_is_found_before_it_is_used(text, capsys):
-    """20 flipped bytes and 11 cuts of state.pt: one line, status 1, nothing changed; so is a foreign pickle."""
-    pretrain("--max_steps", 2)
-    path = Path("out/pretrain/state.pt")
-    good = path.read_bytes()
-    broken = [good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :] for at in range(7, len(good), len(good) // 20)]
-    broken += [good[: len(good) * cut // 11] for cut in range(11)]
-    caught = 0
-    for data in broken:
-        path.write_bytes(data)
-        try:
-            train.read_state(path)
-        except ValueError as error:
-            caught += "damaged or not ours" in str(error)
-        else:  # a byte that nothing depends on, in the archive's directory for one: what is read is still right
-            path.write_bytes(good)
-            whole = train.read_state(path)
-            path.write_bytes(data)
-            state = train.read_state(path)
-            assert all(torch.equal(state["model"][k], whole["model"][k]) for k in whole["model"])
-            caught += 1
-    assert caught == len(broken)
-    path.write_bytes(good[:100])
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 1, "damaged", "--fresh")
-
-
-def test_a_state_that_would_run_code_runs_nothing(text, tmp_path, capsys):
-    """A pickle with a payload in place of state.pt is refused and its marker file never appears."""
-    import pickle
-
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "marker"),)
-
-    for save in (lambda path: torch.save(Payload(), path), lambda path: Path(path).write_bytes(pickle.dumps(Payload()))):
-        save(tmp_path / "state.pt")
-        with pytest.raises(ValueError, match="damaged or not ours"):
-            train.read_state(tmp_path / "state.pt")
-        assert not (tmp_path / "marker").exists()
+    assert "a new run in out/pretrain" in capsys.readouterr().err
 
 
 def test_changed_data_is_refused_on_resume(text, capsys):
@@ -524,22 +509,6 @@ def test_changed_data_is_refused_on_resume(text, capsys):
     with open(text, "a", encoding="utf-8") as file:
         file.write("the dog sat on the cat. " * 20)
     check_error(capsys, ["--data", text, *TINY, "--max_steps", "4", "--resume"], 1, "other data")
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(text, capsys, monkeypatch):
-    """NaN at step 3: status 1, weights of step 2 stay, no state of step 3 is written, the flags to try are named."""
-    original = train.next_token_loss
-
-    def poisoned(logits, targets):
-        poisoned.calls += logits.requires_grad
-        return original(logits, targets) * (math.nan if poisoned.calls == 3 and logits.requires_grad else 1)
-
-    poisoned.calls = 0
-    monkeypatch.setattr(train, "next_token_loss", poisoned)
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "9", "--save_every", "1"], 1, "step 3", "nan",
-                "--learning_rate", "this batch, examples ")
-    state = train.read_state("out/pretrain/state.pt")
-    assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
 
 
 def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
@@ -558,20 +527,20 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
     base = ["--data", text, *TINY, "--max_steps", "2"]
     cases = [(["--data", "none.txt", *TINY], 1, "none.txt"), (["--data", "empty.txt", *TINY], 1, "empty.txt"),
              (["--data", "short.txt", *TINY], 1, "tokens"), (["--data", "latin.txt", *TINY], 1, "latin.txt"),
-             ([*base, "--emb_dim", "17"], 2, "not divisible by n_heads 2"), ([*base, "--bach_size", "3"], 2, "--batch_size"),
+             ([*base, "--emb_dim", "17"], 2, "not divisible by n_heads 2"), ([*base, "--bach_size=3"], 2, "--batch"),
              ([*base, "--learning_rate", "nan"], 2, "learning_rate"), ([*base, "--batch_size", "0"], 2, "at least 1"),
-             ([*base, "--learning_rate", "-2"], 2, "at least -1"), ([*base, "--max_steps", "1e3"], 2, "max_steps"),
+             ([*base, "--learning_rate", "-2"], 2, "at least 0"), ([*base, "--max_steps", "1e3"], 2, "max_steps"),
              ([*base, "--max_steps", "0"], 2, "--epochs"), ([*base, "--resume", "--fresh"], 2, "choose one"),
              ([*base, "--optimizer", "sgd"], 2, "invalid choice"), (["trian"], 2, "unknown command"),
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
              (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
              (["--data", text, "--init", "theirs"], 1, "python gpt2_weights.py import --source theirs"),
-             (["--data", text, "--init", "."], 1, "--init . is a folder; name the file, such as cls.safetensors"),
+             (["--data", text, "--init", "."], 1, ". is a folder; name the file in it"),
              (["--data", text, "--init", "cls.safetensors"], 1, "is a classifier"),
              (["--data", text, "--init", "adapter"], 1, "lora.py merge --adapter adapter"),
              (["--data", text, "--tokenizer", "cls.safetensors"], 1, "is a model, not a tokenizer"),
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
-             ([*base, "--learning_rate", "-0.5"], 2, "-1 or at least 0"), ([*base, "--out_dir", ""], 2, "--out_dir"),
+             ([*base, "--momentum", "0.5"], 2, "--momentum"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
              (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py"),
              (["evaluate", "--data", text], 1, "python train.py")]
@@ -583,10 +552,9 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
         check_error(capsys, argv, status, word)
     assert not Path("out/pretrain/model.safetensors").exists() and not Path("out/pretrain/state.pt").exists()
     with pytest.raises(argparse.ArgumentError, match="--max_steps"):  # as the other stages call it
-        train.Run(train.Config(max_steps=0, out_dir="endless"), "test")
-    assert not Path("endless").exists()
+        train.total_steps(train.Config(max_steps=0), 1)
     (tmp_path / "file").write_text("")
-    check_error(capsys, [*base, "--out_dir", "file/run"], 1, "error: file/run: Not a directory; ", "take another path")
+    check_error(capsys, [*base, "--out_dir", "file/run"], 1, "error: file/run", "Not a directory")
 
 
 def test_a_warm_up_as_long_as_the_run_is_warned_of(text, capsys):
@@ -594,24 +562,6 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(text, capsys):
     for warmup, lines in ((5, 1), (4, 0)):
         pretrain("--max_steps", 5, "--warmup_steps", warmup, "--fresh")
         assert capsys.readouterr().err.count("warning: --warmup_steps") == lines
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_full_disk_ends_the_run_and_keeps_the_last_good_state(text, capsys, monkeypatch):
-    """When the save of step 3 meets a full disk: status 1, state.pt is that of step 2, no temporary file stays."""
-    real_open, saves = open, []
-
-    def full(path, mode="r", *rest, **named):
-        if "state.pt" in str(path) and mode == "wb":
-            saves.append(path)
-        return real_open("/dev/full" if len(saves) == 4 and mode == "wb" else path, mode, *rest, **named)
-
-    monkeypatch.setattr("builtins.open", full)
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "9", "--save_every", "1"], 1,
-                "error: out/pretrain/state.pt: No space left on device; free some space")
-    monkeypatch.setattr("builtins.open", real_open)
-    assert train.read_state("out/pretrain/state.pt")["step"] == 2
-    assert not list(Path("out/pretrain").glob("*.tmp")) and not list(Path("out/pretrain").glob(".*.tmp"))
 
 
 def test_a_disk_that_fills_within_a_save_is_one_line(text, capsys, monkeypatch):
@@ -631,7 +581,7 @@ def test_a_disk_that_fills_within_a_save_is_one_line(text, capsys, monkeypatch):
     for limit in (0, 100, size // 2, size - 3000, size - 50):
         monkeypatch.setattr("builtins.open", full)
         check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--out_dir", f"out/{limit}"], 1,
-                    "No space left on device; free some space")
+                    "No space left on device")
         monkeypatch.setattr("builtins.open", real_open)
         assert not list(Path(f"out/{limit}").glob(".*.tmp"))
         if (state := Path(f"out/{limit}/state.pt")).exists():  # the first save fitted: it has no moments yet
@@ -642,12 +592,12 @@ def test_a_disk_that_fills_within_a_save_is_one_line(text, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_verdict_is_learnt_by_heart(real_data, gpt2_tokenizer, tmp_path, monkeypatch):
+def test_the_verdict_is_memorized(real_data, gpt2_tokenizer, tmp_path, monkeypatch):
     """Ten epochs over the short story bring the training loss under 1, as in the notes, at a smaller size."""
     monkeypatch.chdir(tmp_path)
     flags = ("--tokenizer gpt2 --emb_dim 192 --n_layers 3 --n_heads 4 --context_length 64 --batch_size 2 --epochs 10 "
              "--max_steps 0 --learning_rate 4e-3 --warmup_steps 20 --eval_every 0 --sample_prompt Every --drop_rate 0")
     assert train.main(["--data", str(real_data("the-verdict.txt")), *flags.split()]) == 0
     summary = json.loads(Path("out/pretrain/summary.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
+    rows = logged()
     assert [row["loss"] for row in rows if "loss" in row][-1] < 1 < summary["val_loss"]
