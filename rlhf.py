@@ -1,185 +1,102 @@
-"""Learning from preferences by hand: a reward model from pairs of answers, then PPO, DPO or GRPO, and what it brought.
+"""Learning from preferences: a reward model from pairs of answers, then PPO, GRPO or DPO, and an evaluation.
 
     python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 5 minutes
     python rlhf.py reward --data pairs.json         a reward model of your own pairs
-    python rlhf.py ppo --reward my_rewards:brevity  PPO against any Python function (prompts, responses) -> floats
-    python rlhf.py ppo --lora_rank 8                PPO with adapters: policy and reference share one set of weights
-    python rlhf.py dpo                              the same pairs without a reward model; --loss sft is the baseline
-    python rlhf.py grpo                             groups of responses to each prompt instead of a critic
-    python rlhf.py evaluate --checkpoint out/ppo/model.safetensors,out/dpo/model.safetensors    all in one table
-    python rlhf.py rate                             be the rater: two responses, blind; 1, 2, tie, skip, undo, quit
+    python rlhf.py ppo --reward my_rewards:brevity  against any Python function (prompts, responses) -> floats
+    python rlhf.py grpo --lora_rank 8               groups of responses instead of a value head; here with adapters
+    python rlhf.py dpo                              from the pairs alone; --loss sft is the baseline
+    python rlhf.py evaluate --checkpoint out/ppo/model.safetensors,out/dpo/model.safetensors
+    python rlhf.py rate                             compare answers yourself, blind: 1, 2 or skip
 
-The reward model is a GPT with one number for a head, trained so that the better answer of a pair scores higher; it
-reads the answer's last state and how likely the answer is. PPO then lets the policy answer prompts and makes the tokens
-of answers that score well more likely, while each token pays for leaving the starting policy (the KL penalty), and the
-loss of writing preferred answers keeps skills (--ptx_coef; 0 where only the reward is to count). The mathematics stands
-first, as functions of tensors with paper and equation; then models and responses; then the loops, with the eight
-numbered steps of every training script here.
+Pairs come in any form of data.read_preferences (for ppo and grpo also prompts alone), divided by prompt into 85%
+training, 5% validation, 10% test. Logged at each step of PPO and GRPO: objective/scores (mean reward), objective/kl
+(k1, nats per response), objective/kl_exact (whole distributions), objective/entropy, objective/rlhf_reward (score -
+kl_coef x kl), policy/clipfrac, policy/approxkl (k2 per token, to the policy that sampled), val/ratio (1 at the first
+update), val/explained_variance, val/stopped (share that ended), loss/*, eps (responses per second).
 
-Reads --data: the built-in `tinyworld`, a name that `data.py list` shows, or a file in any form of
-data.read_preferences; files are divided by prompt into 85% training, 5% validation and 10% test. Reads --init, the
-model that instruction tuning made; `reward` and `dpo --loss sft` may begin from `scratch`, with fresh weights and a
-tokenizer of the training pairs. Writes into --out_dir: model.safetensors (a reward model's scores have mean 0 and
-standard deviation 1 on the start's own responses, with scratch or --blind on the validation answers), adapter/ with
---lora_rank, state.pt, metrics.jsonl, curves.svg and further .svg of the steps, samples.txt, summary.json; `evaluate`
-writes evaluation.json beside the first model; `rate` appends to --ratings, which `reward` and `dpo` take as --data or
---extra.
-
-Logged at each step of PPO and GRPO: objective/scores (mean reward of the batch), objective/kl (k1, nats a response, of
-the sampled tokens), objective/kl_exact (over whole distributions, never negative), objective/entropy (nats a response),
-objective/rlhf_reward (score - kl_coef x kl), policy/clipfrac (share of tokens whose ratio was clipped), policy/approxkl
-(k2, nats a token, to the policy that sampled), val/ratio (mean; 1 at the first update), val/explained_variance (of the
-returns, by the critic), val/stopped (share of responses that ended), loss/ptx, eps (responses a second).
-
-Differs from OpenAI's code (Ziegler et al. 2019) and TRL's: tokens behind the stop token are masked out everywhere; the
-score stands at the stop token; a response that never stops loses a point instead of getting a fixed score; log-probs
-are recomputed by the forward pass that trains, so the first ratios are 1 to the bit; all padding is masked, no id is
-reserved for it; GRPO ties to the start by k2, and each token of a batch weighs the same (in its paper each response
-does). Sources: Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022;
-Schulman et al. 2016 and 2017; Rafailov et al. 2023; Shao et al. 2024; Huang et al. 2024, "The N+ implementation details
-of RLHF with PPO". What each function takes from them stands in its docstring.
+Differs from Ziegler et al. 2019 and TRL: tokens after the stop token are masked, the score stands at the stop token, a
+response that does not stop loses a point, log-probabilities are recomputed by the forward pass that trains, so that the
+first ratios are 1 to the bit. GRPO ties to the reference by k2, and each token of a batch weighs the same.
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
-import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
-import random
-import re
-import statistics
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
-import gpt  # first, because it quiets torch's warning about numpy
+import gpt  # first, because it filters torch's warning about numpy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from data import (TEMPLATES, answer, epoch_order, exact_match, format_prompt, format_response, gold_score, json_sha256,
-                  preference, prompt_of, read_preferences, rubric_parts, seeded, split, tinyworld)
-from finetune_sft import Judge, add_adapters, finished_lines, judged_share, stored_responses
-from gpt import generate, pick_device
-from train import (Z, Options, Run, autocast, check_sizes, compile_blocks, draw_curves, full_precision, load_writer,
-                   make_optimizers, new_model, option, run_script, total_steps, train_each_seed, wilson, write_json)
+from data import (answer, exact_match, format_prompt, format_response, gold_score, locate, pad_left, preference,
+                  read_preferences, records, seeded, split, tinyworld)
+from gpt import generate, pick_device, write_json
+from torch.nn.utils import clip_grad_norm_
+from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, autocast, batches, check_finite,
+                   draw_curves, due, fingerprint, finished, full_precision, is_best, load_start, log, make_optimizers,
+                   naive_bayes, open_run, option, read_log, report_step, run_script, save_best, save_state,
+                   set_learning_rate, start_run, stop_now, total_steps, wilson, write_summary)
 
-HEADS = ("linear", "mlp", "likelihood", "mean")
-DEFAULTS = {  # each command's own defaults; `rates`: of small models, and of those with more than 50 million parameters
-    "reward": dict(epochs=1, max_steps=0, batch_size=32, rates=(3e-3, 1e-5), eval_every=125),
-    "ppo": dict(epochs=0, max_steps=160, batch_size=64, rates=(3e-4, 3e-6), eval_every=40),
-    "dpo": dict(epochs=1, max_steps=0, batch_size=32, rates=(1e-4, 1e-6), eval_every=100),
-    "grpo": dict(epochs=0, max_steps=100, batch_size=64, rates=(3e-4, 1e-6), eval_every=20),
-}
+HEADS, NO_ANSWER = ("linear", "mlp", "likelihood"), "(no answer)"
 
 
-def own(name, help):
-    """Return the option of a number whose default depends on the command; it is -1 until the command is known."""
-    shown = ", ".join(f"{stage} {defaults[name]}" for stage, defaults in DEFAULTS.items())
-    return option(-1, f"{help}; -1 = {shown}", low=-1)
-
-
-@dataclass
-class Config(Options):
+@dataclasses.dataclass
+class Config(AdapterOptions):
     """The options of learning from preferences."""
-
     data: str = option("tinyworld", "pairs: tinyworld, preferences, hh_rlhf, or a .json, .jsonl or .gz file")
-    examples: int = option(0, "use the first so many training pairs, 0 = all", low=0)
-    split_seed: int = option(1234, "of the division of a file into train, validation and test, the same for all "
-                             "stages; -1 = --seed, which gives each of several --seeds a division of its own", low=-1)
-    extra: str = option("", "a file of further pairs to train on, those that `rate` wrote for instance")
-    init: str = option("out/sft/model.safetensors", "the policy to start from: a checkpoint file, gpt2 ... gpt2-xl, or "
-                       "scratch (reward; dpo --loss sft)")
-    out_dir: str = option("", "the run's folder, default out/ and the command's name")
-    epochs: int = own("epochs", "times through the pairs or prompts, 0 = no limit; this or max_steps, whichever "
-                      "ends first")
-    max_steps: int = own("max_steps", "steps of one batch each, 0 = no limit")
-    batch_size: int = own("batch_size", "pairs, or sampled responses, a step")
-    accumulate: int = option(4, "pieces of similar length that a batch is computed in; saves memory and padding, "
-                             "changes nothing but --cross and what is drawn at random", low=1)
-    learning_rate: float = option(-1.0, "peak, after warm-up; -1 = by command and size of the model", low=-1)
+    init: str = option("out/sft/model.safetensors", "the policy to start from: a checkpoint file, or gpt2 ... gpt2-xl")
+    batch_size: int = option(64, "pairs, or sampled responses, per step", low=1)
+    accumulate: int = option(4, "micro-batches of similar length per update: less memory, less padding", low=1)
     weight_decay: float = option(0.0, "of matrices; vectors are not decayed", low=0)
     warmup_steps: int = option(10, "steps from 0 up to the peak rate", low=0)
     schedule: str = option("linear", "after warm-up", choices=("cosine", "linear", "constant"))
-    optimizer: str = option("auto", "muon takes AdamW for all but the blocks' matrices; auto = muon for a small reward "
-                            "model, else adamw", choices=("auto", "adamw", "muon"))
-    eval_every: int = own("eval_every", "steps between evaluations, 0 = only at the end")
     save_every: int = option(50, "steps between saves of state.pt, 0 = only at the end and when stopped", low=0)
-    log_every: int = option(10, "steps between log lines", low=1)
-    template: str = option("auto", "words around a prompt; auto = those that --init was tuned with",
-                           choices=("auto", *TEMPLATES))
-    lora_rank: int = option(0, "train adapters of this rank instead of the weights, 0 = off", low=0)
-    lora_alpha: float = option(32.0, "an adapter's update is multiplied by alpha / rank", low=1e-6)
-    lora_dropout: float = option(0.0, "of an adapter's input", low=0, high=0.99)
-    lora_targets: str = option("all-linear", "layers with adapters: all-linear, or ends of names as qkv,fc1")
-    seeds: int = option(1, "runs, with the seeds from --seed on; the summary has their mean and spread", low=1)
-    shuffle_labels: bool = option(False, "prefer by coin instead: a control that must gain nothing")
-    model: str = option("tiny", "with --init scratch: architecture", choices=tuple(gpt.GPT_CONFIGS))
-    emb_dim: int = option(0, "with --init scratch: channels, 0 = the architecture's", low=0)
-    n_layers: int = option(0, "with --init scratch: blocks, 0 = the architecture's", low=0)
-    n_heads: int = option(0, "with --init scratch: heads, 0 = the architecture's", low=0)
-    vocab_size: int = option(2000, "with --init scratch: of the bpe tokenizer of the training pairs", low=258)
-    head: str = option("likelihood", "reward: its head; mlp = two layers, likelihood = linear, and it also reads the "
-                       "response's log-probability, mean = linear on the mean of the response's states",
-                       choices=HEADS)
-    blind: bool = option(False, "reward: reads answers without their prompts, where the manner alone counts")
-    cross: float = option(0.0, "reward: share of the loss that compares each answer with those to the other prompts of "
-                               "its piece of the batch, for manners that do not depend on the prompt", low=0, high=1)
-    lm_weight: float = option(0.0, "reward: weight of the loss of writing both answers, in nats a token", low=0)
-    token_dropout: float = option(0.0, "reward: share of the tokens hidden from the model in training", low=0, high=0.9)
-    beta: float = option(0.1, "dpo: strength of the tie to the start", low=0)
-    label_smoothing: float = option(0.0, "dpo: share of preferences believed to be wrong", low=0, high=0.5)
-    loss: str = option("dpo", "dpo: sft only learns to write the chosen answers", choices=("dpo", "sft"))
-    reward: str = option("out/reward/model.safetensors", "what ppo, grpo and evaluate score with: a reward model's "
-                         "file, gold (tinyworld's own rubric), or module:function in Python")
+    split_seed: int = option(1234, "of the division of a file, the same for all stages", low=0, high=2**62)
+    head: str = option("likelihood", "mlp: two layers; likelihood: linear, and reads the response's", choices=HEADS)
+    loss: str = option("dpo", "sft only learns to write the chosen answers", choices=("dpo", "sft"))
+    beta: float = option(0.1, "strength of the tie to the reference", low=0)
+    label_smoothing: float = option(0.0, "share of preferences believed to be wrong", low=0, high=0.5)
+    reward: str = option("out/reward/model.safetensors", "a reward model, gold (the rubric), or module:function")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
-    temperature: float = option(0.7, "of sampling, and so of all log-probabilities; Ziegler et al.'s", low=1e-3)
-    kl_coef: float = option(0.2, "reward that a nat of KL to the start costs", low=0)
-    kl_target: float = option(0.0, "nats a response that kl_coef is adapted towards, 0 = it stays", low=0)
-    kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
-    max_kl: float = option(0.0, "end the run once a batch is so many nats a response away from the start, "
-                           "0 = never", low=0)
-    max_approxkl: float = option(0.1, "go on to new responses once the policy is so many nats a token away from the "
-                                 "one that sampled, 0 = never", low=0)
+    temperature: float = option(0.7, "of sampling, and so of all log-probabilities", low=1e-3)
     no_stop_penalty: float = option(1.0, "subtracted from the score of a response that does not end by itself", low=0)
-    ptx_coef: float = option(0.3, "ppo, grpo: weight of the loss of writing the preferred answers, in nats a token, "
-                             "which keeps skills", low=0)
-    ppo_epochs: int = option(2, "times through each batch of responses", low=1)
-    minibatches: int = option(1, "updates in each of them", low=1)
-    clip_ratio: float = option(0.2, "the probability ratio counts between 1 - this and 1 + this", low=0.001)
-    clip_value: float = option(0.2, "a value counts up to this far from the one at sampling", low=0.001)
+    kl_coef: float = option(0.2, "KL penalty: reward subtracted per nat of KL to the reference", low=0)
+    kl_target: float = option(0.0, "nats per response that kl_coef is adapted towards, 0 = it stays", low=0)
+    kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
+    max_approxkl: float = option(0.1, "end a step's updates above this approximate KL per token, 0 = never", low=0)
+    ptx_coef: float = option(0.3, "weight of the ptx loss (writing the preferred answers), which keeps skills", low=0)
+    ppo_epochs: int = option(2, "passes over each batch of responses", low=1)
+    minibatches: int = option(1, "updates in each pass", low=1)
+    clip_range: float = option(0.2, "the probability ratio is clipped to 1 +- this", low=0.001)
+    clip_range_value: float = option(0.2, "a value is clipped to the one at sampling +- this", low=0.001)
     vf_coef: float = option(0.1, "weight of the value loss", low=0)
-    gamma: float = option(1.0, "discount a token", low=0, high=1)
+    gamma: float = option(1.0, "discount per token", low=0, high=1)
     lam: float = option(0.95, "lambda of GAE", low=0, high=1)
-    whiten_rewards: bool = option(False, "divide the tokens' rewards by their spread")
-    group: int = option(8, "grpo: responses to each prompt", low=2)
+    whiten_rewards: bool = option(False, "divide the tokens' rewards by their standard deviation")
+    group: int = option(1, "responses to each prompt", low=1)
     eval_prompts: int = option(200, "validation prompts of an evaluation while training", low=1)
     test_prompts: int = option(500, "held-out prompts of the figures at the end, 0 = all", low=0)
-    checkpoint: str = option("", "evaluate: model files, commas between, default what is in out/; rate: one, whose "
-                             "responses are compared with each other, or two; default --init")
-    best_of: int = option(4, "evaluate: a row for the best of so many responses of the start by --reward", low=1)
-    against: str = option("", "evaluate: a responses.json whose answers are the opponent instead of the start's")
-    judge: str = option("", "evaluate, rate, all: ollama, openai or a URL, as in finetune_sft.py; empty = no judge")
+    checkpoint: str = option("", "policies, commas between; rate: one whose answers stand beside those of --init")
+    judge: str = option("", "ollama, openai or a URL, as in finetune_sft.py; empty = no judge")
     judge_model: str = option("llama3", "the judge's name there")
-    judge_context: int = option(8192, "tokens that the judge is asked to read at once", low=512)
-    judge_examples: int = option(100, "evaluate: ask about the first so many prompts", low=1)
-    ratings: str = option("out/ratings/ratings.jsonl", "rate: the file of comparisons that is appended to")
-    rounds: int = option(1, "all: repetitions, each with new pairs of the last policy's responses", low=1)
-    round_pairs: int = option(2000, "all: so many of them", low=1)
+    judge_examples: int = option(100, "ask the judge about the first so many prompts", low=1)
+    ratings: str = option("out/ratings/ratings.jsonl", "the file that is appended to; train on it by --data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The mathematics: pure functions of tensors
 #
 # B responses, R tokens of the longest one, V vocabulary. `mask` (B, R) is 1 from a response's first token to its stop
-# token and 0 behind it; what stands behind it changes nothing. Log-probabilities, KL and losses are in nats.
+# token and 0 after it; what stands there changes nothing. Log-probabilities, KL and losses are in nats.
 
 
 def masked_mean(x, mask):
@@ -190,20 +107,20 @@ def masked_mean(x, mask):
 def whiten(x, mask, shift_mean=True):
     """Return x with mean 0 and variance 1 over the entries whose mask is 1, and 0 elsewhere: (B, R) -> (B, R).
 
-    With `shift_mean=False` the mean stays, only the spread is divided out. The variance is the biased one.
-    Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", their code's `whiten`."""
-    x = x * mask
+    With `shift_mean=False` the mean stays, only the spread is divided out. The variance is the biased one. Entries are
+    first taken relative to one of them, so that equal ones become 0. Source: the code of Ziegler et al. 2019."""
+    first = x.flatten()[mask.flatten().argmax()]
+    x = (x - first) * mask
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    return (whitened if shift_mean else whitened + mean + first) * mask
 
 
 def reward_loss(chosen, rejected):
     """Return the mean Bradley-Terry loss -log sigmoid(chosen - rejected) of scores (B,), (B,) -> ().
 
-    exp(-loss) is the probability that the better response wins. Equal scores cost ln 2 = 0.6931.
-    Source: Ouyang et al. 2022 (InstructGPT), equation 1."""
+    Equal scores cost ln 2 = 0.6931. Source: Ouyang et al. 2022 (InstructGPT), equation 1."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -219,11 +136,10 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 
 
 def token_scores(logits, ids, temperature=1.0):
-    """Return (log-probability, entropy, all log-probabilities) of tokens: logits (B, R, V), ids (B, R) -> (B, R),
-    (B, R), (B, R, V). Entry t of `logits` is the one that predicts ids[:, t].
+    """Return (log-probability (B, R), entropy (B, R), all log-probabilities (B, R, V)) of tokens ids (B, R).
 
-    Everything that samples, scores or trains divides by the same temperature: else the ratio of new to old
-    probabilities would not start at 1."""
+    Entry t of logits (B, R, V) predicts ids[:, t]. Everything that samples, scores or trains divides by the same
+    temperature: else the ratio of new to old probabilities would not start at 1."""
     everything = torch.log_softmax(full_precision(logits) / temperature, dim=-1)
     entropy = -(everything.exp() * everything).sum(-1)
     return everything.gather(2, ids[:, :, None]).squeeze(2), entropy, everything
@@ -232,17 +148,15 @@ def token_scores(logits, ids, temperature=1.0):
 def exact_kl(logprobs, ref_logprobs):
     """Return KL(policy || reference) of each position's whole distribution: (B, R, V), (B, R, V) -> (B, R), never < 0.
 
-    Summed over a response and averaged over samples it estimates the same number as k1 = log policy - log reference of
-    the sampled tokens, with less noise."""
+    Its mean over samples is that of k1 = log policy - log reference of the sampled tokens, with less noise."""
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1).clamp(min=0)
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Return each token's reward (B, R): -kl_coef * k1, and the response's score (B,) added at its last token.
 
-    k1 = log policy - log reference, unsquared and signed: as a reward its expected gradient is that of the KL. The
-    k3 estimate, though never negative, has none to first order when used here.
-    Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", equation 2."""
+    k1 = log policy - log reference, signed: as a reward its expected gradient is that of the KL; that of k3 would be 0
+    to first order. Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences", equation 2."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.long().sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -251,7 +165,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Return (advantages, returns), both (B, R), of per-token rewards and value estimates (B, R).
 
-    A_t = sum_k (gamma lam)^k delta_{t+k} with delta_t = r_t + gamma V_{t+1} - V_t; behind the last token V is 0, and
+    A_t = sum_k (gamma lam)^k delta_{t+k} with delta_t = r_t + gamma V_{t+1} - V_t; after the last token V is 0, and
     returns = advantages + values. Source: Schulman et al. 2016, "High-dimensional continuous control using generalized
     advantage estimation", equations 11, 16."""
     rewards, values = rewards * mask, values * mask
@@ -269,14 +183,14 @@ def ppo_policy_loss(new, old, advantages, mask, clip=0.2):
     """Return (loss, metrics) of log-probabilities under the new and the sampling policy and advantages, each (B, R).
 
     loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(new - old): no gain from
-    moving a probability further than the clip. Source: Schulman et al. 2017 (PPO), equation 7."""
+    moving a probability further than the clip range. Source: Schulman et al. 2017 (PPO), equation 7."""
     ratio = torch.exp((new - old) * mask)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     loss = masked_mean(torch.max(-advantages * ratio, -advantages * clipped), mask)
     with torch.no_grad():
         metrics = {"policy/clipfrac": masked_mean((ratio != clipped).float(), mask).item(),
                    "policy/approxkl": masked_mean(0.5 * (new - old) ** 2, mask).item(),  # k2
-                   "val/ratio": masked_mean(ratio, mask).item()}
+                   "val/ratio": masked_mean(ratio, mask).item(), "loss/policy": loss.item()}
     return loss, metrics
 
 
@@ -292,36 +206,56 @@ def ppo_value_loss(values, old_values, returns, mask, clip=0.2):
 def kl_controller(kl_coef, kl, target, episodes, horizon):
     """Return the next KL coefficient: larger where the KL of a batch of so many episodes is above the target.
 
-    The error is cut at +-20%, so a batch changes the coefficient by at most 20% x episodes / horizon.
-    Source: Ziegler et al. 2019, section 2.2."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / horizon)
+    The error is clipped to +-20%, so a batch changes the coefficient by at most 20% x episodes / horizon, and never by
+    more than 20%; without a target it stays. Source: Ziegler et al. 2019, section 2.2."""
+    error = min(max(kl / target - 1, -0.2), 0.2) if target else 0
+    return kl_coef * (1 + error * min(1, episodes / horizon))
 
 
 def group_advantages(scores, group):
-    """Return (score - mean) / (standard deviation + 1e-4) within each group of `group` neighbours: (B,) -> (B,).
+    """Return (score - mean) / (standard deviation + 1e-4) within each group of `group` neighbors: (B,) -> (B,).
 
-    A group of equal scores gets zeros. Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2 (GRPO)."""
+    Equal scores get 0 exactly, see `whiten`. Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2 (GRPO)."""
     groups = scores.view(-1, group)
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    groups = groups - groups[:, :1]
+    centered = groups - groups.mean(1, keepdim=True)
+    return (centered / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models and responses
+# Models, data, rewards
+
+
+def response_states(model, ids, mask, R):
+    """Return the states (B, R + 1, C) before each of the last R tokens of ids (B, T) and after the last of them.
+
+    Padding in front of a row is removed, so that a causal model needs no mask."""
+    T, mask = ids.shape[1], mask.long()
+    left = mask.argmax(1, keepdim=True)
+    columns = torch.arange(int(mask.sum(1).max()), device=ids.device) + left
+    hidden = model.hidden(ids.gather(1, columns.clamp(max=T - 1)))
+    wanted = torch.arange(T - R - 1, T, device=ids.device) - left
+    return hidden.gather(1, wanted.clamp(0, hidden.shape[1] - 1)[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def sequence_logprobs(model, ids, mask, R, states=None):
+    """Return the summed log-probabilities (B,) of the last R columns' real tokens, from their `response_states`."""
+    T, mask = ids.shape[1], mask.long()
+    states = response_states(model, ids, mask, R) if states is None else states
+    real = mask[:, T - R :] * mask[:, T - R - 1 : T - 1]  # a row's first token has nothing before it
+    rows, at = real.nonzero(as_tuple=True)
+    logits = full_precision(model.out_head(states[rows, at]))
+    logprobs = -F.cross_entropy(logits, ids[:, T - R :][rows, at], reduction="none")
+    return logprobs.new_zeros(len(ids)).index_add(0, rows, logprobs)
 
 
 class RewardModel(nn.Module):
-    """A GPT whose last layer's state at the last real token becomes one number: ids, mask (B, T) -> scores (B,).
+    """A GPT with a head that turns the state of the last token into one number: ids, mask (B, T) -> scores (B,).
 
-    `head` is "linear", "mlp" for two layers, "mean" for a linear one on the mean of the states of the response (the
-    last R tokens of ids, all but the first where R is not given), or "likelihood": linear, and beside the state it
-    reads the response's summed log-probability. A small model needs its last layers to work out the right answer and
-    has none left to compare it with the given one; the log-probability is that comparison, and its gradient teaches
-    the trunk as DPO's does. The mean suits few pairs in which single words tell. A score is
-    gain * head + bias; `normalise` sets the two, so that the starting policy's responses have mean 0 and standard
-    deviation 1. The head starts as N(0, 1/sqrt(C + 1)), which gives scores a spread of about 1. Source: Stiennon et al.
-    2020, appendix B.1 (with the square root it omits)."""
+    `head` is linear, mlp (two layers), or likelihood: linear, and it reads the response's log-probability too (of the
+    last R tokens): a small model needs its last layers to find the right answer and has none left to compare it with.
+    It starts as N(0, 1/sqrt(C + 1)), so that scores, gain * head + bias, spread by about 1. Source: Stiennon et al.
+    2020, appendix B.1."""
 
     def __init__(self, gpt, head="linear"):
         super().__init__()
@@ -337,154 +271,163 @@ class RewardModel(nn.Module):
         self.register_buffer("bias", torch.zeros(()))
 
     @property
-    def trf_blocks(self):
-        """The backbone's blocks, under the name by which `make_optimizers` looks for them."""
-        return self.gpt.trf_blocks
-
-    @property
-    def reads_head(self):
-        """Whether a head of tokens of its own, not tied to the embeddings, is needed for the scores."""
-        return self.head_kind == "likelihood" and not self.gpt.config.tie_weights
+    def config(self):
+        """The language model's config, which a checkpoint stores."""
+        return self.gpt.config
 
     def forward(self, ids, mask=None, R=None):
-        width = ids.shape[1]
-        ids, left, lengths = without_left_padding(ids, torch.ones_like(ids) if mask is None else mask)
-        states, columns = self.gpt.hidden(ids), torch.arange(ids.shape[1], device=ids.device)
-        last = states[torch.arange(len(ids), device=ids.device), lengths - 1]
-        if self.head_kind in ("linear", "mlp"):
-            return self.score(last)
-        first = torch.ones_like(left) if R is None else width - R - left
-        answer = (columns >= first[:, None]) & (columns < lengths[:, None])
-        if self.head_kind == "mean":
-            return self.score(mean_states(states, answer[:, None])[:, 0])
-        return self.score(last, summed_logprobs(self.gpt, states[:, :-1], ids[:, 1:], answer[:, 1:]))
-
-    def score(self, states, logprobs=None):
-        """Return the scores (...) of the states (..., C) of last tokens and the log-probabilities (...) of responses.
-
-        In float32 whatever the rest runs in: bfloat16 would round a log-probability of 50 nats to a quarter."""
-        with torch.autocast(states.device.type, enabled=False):
-            states = full_precision(states)
-            if logprobs is not None:
-                states = torch.cat([states, logprobs[..., None].to(states.dtype)], dim=-1)
-            return self.gain * self.head(states).squeeze(-1) + self.bias
+        mask, R = torch.ones_like(ids) if mask is None else mask.long(), ids.shape[1] - 1 if R is None else R
+        states = response_states(self.gpt, ids, mask, R)
+        last = full_precision(states[torch.arange(len(ids)), R - mask.flip(1).argmax(1)])  # before padding on the right
+        if self.head_kind == "likelihood":
+            logprobs = sequence_logprobs(self.gpt, ids, mask, R, states)
+            last = torch.cat([last, logprobs[:, None].to(last.dtype)], dim=1)
+        with torch.autocast(ids.device.type, enabled=False):  # bfloat16 would round 50 nats to a quarter
+            return self.gain * self.head(last).squeeze(1) + self.bias
 
     @torch.no_grad()
-    def normalise(self, scores):
-        """Set gain and bias so that scores (N,), made with gain 1 and bias 0, would have had mean 0 and deviation 1.
-
-        Raises ValueError where all are equal."""
+    def normalize(self, scores):
+        """Set gain and bias so that scores (N,), made without them, would have had mean 0 and standard deviation 1."""
         std, mean = torch.std_mean(scores)
         if not std > 1e-6:
-            raise ValueError("the reward model gives every response of the starting policy the same score; it has "
-                             "learnt nothing, look at the pairs")
+            raise ValueError("the reward model gives all responses of --init the same score: it has learned nothing")
         self.gain.copy_(1 / std)
         self.bias.copy_(-mean / std)
 
-    @torch.no_grad()
-    def undo_normalise(self):
-        """Set gain 1 and bias 0, as in training: a loss of differences is about them as they are."""
-        self.gain.fill_(1)
-        self.bias.zero_()
-
 
 class Policy(nn.Module):
-    """A GPT and, on the same trunk, a value head that starts at 0: ids, mask (B, P + R) -> logits, values of R tokens.
-
-    Entry t of both belongs to the state before response token t: logits (B, R, V) predict it, values (B, R) estimate
-    the reward from it onwards."""
+    """A GPT with a value head that starts at 0: ids, mask (B, P + R) -> logits (B, R, V), values (B, R) of the states
+    before each response token: what comes next, and the reward expected from there on."""
 
     def __init__(self, gpt):
         super().__init__()
-        self.gpt = gpt
-        self.value_head = nn.utils.skip_init(nn.Linear, gpt.config.emb_dim, 1)  # which draws no random numbers
+        self.gpt, weight = gpt, gpt.tok_emb.weight
+        self.value_head = nn.utils.skip_init(nn.Linear, weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    trf_blocks = RewardModel.trf_blocks
-
     def forward(self, ids, mask, R):
-        hidden = response_states(self.gpt, ids, mask, R)
-        return self.gpt.out_head(hidden), self.value_head(hidden).squeeze(2)
+        states = response_states(self.gpt, ids, mask, R)[:, :-1]
+        return self.gpt.out_head(states), self.value_head(states).squeeze(2)
 
 
-def without_left_padding(ids, mask):
-    """Return (ids (B, longest), left (B,), lengths (B,)): rows moved to the left by the `left` pads in front of them.
-
-    A causal model needs no mask then: no real token sees the padding, which stands behind all of them; and a row's
-    first token has position 0. That is faster than attention with a mask, and columns are saved."""
-    mask = mask.long()  # bool masks are welcome too
-    left, lengths = mask.argmax(dim=1), mask.sum(dim=1)
-    columns = torch.arange(int(lengths.max()), device=ids.device) + left[:, None]
-    return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), left, lengths
-
-
-def mean_states(states, inside):
-    """Return the means (B, n, C) of the states (B, T, C) of n stretches of each row: inside (B, n, T) is boolean."""
-    with torch.autocast(states.device.type, enabled=False):
-        states = full_precision(states)
-        return inside.to(states.dtype) @ states / inside.sum(2, keepdim=True).clamp(min=1)
+def reference_of(model):
+    """Return a function that opens a context with the model as it is now, whatever training makes of it later: the
+    model inside `lora_disabled` where its adapters are new and change nothing yet, else a frozen copy."""
+    adapters = [parameter for name, parameter in model.named_parameters() if name.endswith("lora_B")]
+    if adapters and not any(bool(parameter.any()) for parameter in adapters):
+        from lora import lora_disabled
+        return lambda: lora_disabled(model)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return lambda: contextlib.nullcontext(frozen)
 
 
-def summed_logprobs(model, states, ids, mask):
-    """Return the summed log-probabilities (B,) of the ids (B, T) with mask 1, which the states (B, T, C) predict."""
-    rows, columns = mask.nonzero(as_tuple=True)
-    logits = full_precision(model.out_head(states[rows, columns]))
-    scores = -F.cross_entropy(logits, ids[rows, columns], reduction="none")
-    return scores.new_zeros(len(ids)).index_add(0, rows, scores)
+# A prompt and two answers as token ids, the answers with the stop token, and as text: a dict of data.preference.
+Pair = namedtuple("Pair", "prompt chosen rejected text")
 
 
-def response_states(model, ids, mask, R):
-    """Return the states (B, R, C) from which the last R tokens of ids (B, P + R) are predicted."""
-    shifted, left, _ = without_left_padding(ids, mask)
-    hidden = model.hidden(shifted)
-    before = ids.shape[1] - R - 1 - left  # the column of a row's last prompt token
-    columns = (before[:, None] + torch.arange(R, device=ids.device)).clamp(max=hidden.shape[1] - 1)
-    return hidden.gather(1, columns[:, :, None].expand(-1, -1, hidden.shape[2]))
+def load_pairs(config, answers=True):
+    """Return the pairs of --data, dicts as of data.preference, in three lists, train, validation, test, with no prompt
+    in two of them. Where no `answers` are needed, a file may hold prompts alone."""
+    if config.data == "tinyworld":
+        parts = [[preference(entry) for entry in tinyworld("preferences", part)] for part in ("train", "val", "test")]
+        return [[pair for pair in part if pair] for part in parts]
+    if answers:
+        pairs = read_preferences(config.data)
+    else:
+        entries = records(locate(config.data, "preferences"))
+        pairs = [preference({"chosen": NO_ANSWER, "rejected": "", **entry}, place) for place, entry in entries]
+    parts = split([pair for pair in pairs if pair], seed=config.split_seed, group=lambda pair: pair["prompt"])
+    if not all(parts):
+        raise ValueError(f"{config.data}: {len(pairs)} pairs are too few for train, validation and test by prompt")
+    return parts
+
+
+def encode_pair(pair, tokenizer, template):
+    """Return the Pair of a dict as of data.preference."""
+    answers = [tokenizer.encode(format_response(pair[side], template)) for side in ("chosen", "rejected")]
+    answers = [ids + [tokenizer.eot_id] for ids in answers]
+    return Pair(tokenizer.encode(format_prompt(pair, template)), *answers, pair)
+
+
+def encode_pairs(pairs, tokenizer, template, room):
+    """Return the Pairs of dicts; of one that has more than `room` tokens the beginning is cut off. Those whose answers
+    are equal then are left out and counted; ValueError if all are."""
+    whole = [encode_pair(pair, tokenizer, template) for pair in pairs]
+    rows = [Pair(prompt[-max(1, room - max(len(chosen), len(rejected))) :], chosen[1 - room :], rejected[1 - room :],
+                 text) for prompt, chosen, rejected, text in whole]
+    long = sum(row != before for row, before in zip(rows, whole))
+    different = [row for row in rows if row.chosen != row.rejected]
+    if long:
+        print(f"{long} of {len(rows)} pairs have more than {room} tokens and lose their beginning", file=sys.stderr)
+    if len(different) < len(rows):
+        print(f"{len(rows) - len(different)} of {len(rows)} pairs are left out: equal answers", file=sys.stderr)
+    if not different:
+        raise ValueError(f"all {len(rows)} pairs have equal answers within {room} tokens; raise --context_length")
+    return different
+
+
+def encode_prompts(pairs, tokenizer, template, model, config):
+    """Return a Pair for each different prompt that leaves room for a response; others are counted."""
+    first = {pair["prompt"]: pair for pair in reversed(pairs)}
+    rows = [encode_pair(first[text], tokenizer, template) for text in dict.fromkeys(pair["prompt"] for pair in pairs)]
+    room = model.config.context_length - config.response_length
+    short = [row for row in rows if 0 < len(row.prompt) <= room]
+    long = f"{len(rows) - len(short)} of {len(rows)} prompts have more than {room} tokens: no room for a response"
+    if not short:
+        raise ValueError(f"{long}; lower --response_length")
+    if len(short) < len(rows):
+        print(f"{long}, so they are left out", file=sys.stderr)
+    return short
+
+
+def micro_batches(lengths, count):
+    """Return `count` lists of indices (fewer for a small batch) that divide a batch by length, the shortest first."""
+    return [rows.tolist() for rows in torch.as_tensor(lengths).cpu().argsort(stable=True).chunk(count)]
 
 
 def pack(prompts, responses, pad_id, device="cpu"):
-    """Return (ids, mask, R): token lists side by side, (B, P + R) each, prompts padded on the left, responses right.
+    """Return (ids, mask, R) of token lists: prompts padded on the left, (B, P), beside responses padded right, (B, R).
 
-    So all responses begin in one column. Example: pack([[5]], [[6, 7]], 0) has the ids [[5, 6, 7]] and R = 2."""
-    P, R = max(map(len, prompts)), max(map(len, responses))
-    rows = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (R - len(r)) for p, r in zip(prompts, responses)]
-    real = [[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompts, responses)]
-    return torch.tensor(rows, device=device), torch.tensor(real, device=device), R
-
-
-class Prompt(NamedTuple):
-    """A question as a person wrote it, and the token ids in which the model is asked."""
-
-    text: str
-    ids: list
-    reference: str = ""  # an answer that somebody preferred
-    preferred: list = []  # its ids, as many as a response may have
+    Example: pack([[5]], [[6, 7]], 0) has the ids [[5, 6, 7]] and R = 2."""
+    ids, mask = pad_left(prompts, pad_id)
+    R = max(map(len, responses))
+    answers = torch.tensor([response + [pad_id] * (R - len(response)) for response in responses])
+    real = (torch.arange(R) < torch.tensor([[len(response)] for response in responses])).long()
+    return torch.cat([ids, answers], dim=1).to(device), torch.cat([mask, real], dim=1).to(device), R
 
 
-class Episodes(NamedTuple):
-    """B sampled responses of at most R tokens to prompts of P, and what sampler, reference and reward say of them."""
+def pair_batches(pairs, count, pad_id, device):
+    """Yield (rows, ids, mask, R) of `count` micro-batches of Pairs; B pairs are 2B rows, the chosen answers first."""
+    for rows in micro_batches([sum(map(len, pair[:3])) for pair in pairs], count):
+        some = [pairs[i] for i in rows]
+        answers = [pair.chosen for pair in some] + [pair.rejected for pair in some]
+        yield rows, *pack([pair.prompt for pair in some] * 2, answers, pad_id, device)
 
-    prompts: list  # of text, one for each response
-    texts: list  # of the responses
-    ids: torch.Tensor  # (B, P + R)
-    mask: torch.Tensor  # (B, P + R)
-    response_mask: torch.Tensor  # (B, R)
-    stopped: torch.Tensor  # (B,) whether the response ended by itself
-    logprobs: torch.Tensor  # (B, R) under the policy that sampled
-    ref_logprobs: torch.Tensor  # (B, R)
-    kl: torch.Tensor  # (B,) nats a response, over whole distributions
-    entropy: torch.Tensor  # (B, R)
-    values: torch.Tensor  # (B, R)
-    scores: torch.Tensor  # (B,) from the reward, without any penalty
+
+def correct(margins):
+    """Return 1 for each positive margin, 0.5 for each that is 0, (N,) -> (N,)."""
+    return (margins > 0).float() + 0.5 * (margins == 0).float()
+
+
+class Rollout(namedtuple("Rollout", "ids mask response_mask stopped scores logprobs ref_logprobs kl entropy values "
+                         "advantages returns")):
+    """B sampled responses of at most R tokens to prompts of P, and what policy, reference and reward say of them.
+
+    ids, mask (B, P + R). stopped (B,): whether the response ended by itself. scores (B,): from the reward, without
+    penalty. The others (B, R); logprobs are those of sampling, kl is exact, returns are the value head's targets."""
+
+    def take(self, rows):
+        """Return some rows, without the last columns where those are padding in all of them."""
+        R, longest = self.response_mask.shape[1], int(self.response_mask[rows].sum(1).max())
+        return Rollout(*(x[rows] if x.dim() == 1 else x[rows, : x.shape[1] - R + longest] for x in self))
 
 
 @torch.no_grad()
 def sample_responses(model, prompts, tokenizer, max_new_tokens, temperature=1.0, num_samples=1, generator=None):
-    """Return (ids (B, P + R), mask, response_mask (B, R), texts) of responses to lists of ids, `num_samples` to each.
-
-    Drawn from the model's whole distribution: top-k or top-p would sample from another policy than the one trained."""
-    ids, mask, _ = pack(prompts, [[]] * len(prompts), tokenizer.eot_id, model.device)
+    """Return (Rollout, texts) of responses to lists of ids, `num_samples` to each; ids, masks and stopped are set. No
+    top-k or top-p: these would sample from another policy than the one that is trained."""
+    ids, mask = (x.to(model.device) for x in pad_left(prompts, tokenizer.eot_id))
     P, stop = ids.shape[1], tokenizer.eot_id
     ids = generate(model, ids, max_new_tokens, temperature, eos_id=stop, mask=mask, num_samples=num_samples,
                    generator=generator)
@@ -493,165 +436,460 @@ def sample_responses(model, prompts, tokenizer, max_new_tokens, temperature=1.0,
     texts = [tokenizer.decode([i for i, r in zip(row, kept) if r and i != stop]).strip()
              for row, kept in zip(ids[:, P:].tolist(), real.tolist())]
     mask = torch.cat([mask.repeat_interleave(num_samples, dim=0), real], dim=1)
-    return ids, mask, full_precision(real.to(model.tok_emb.weight.dtype)), texts
+    response_mask = full_precision(real.to(model.tok_emb.weight.dtype))
+    unset = (torch.zeros_like(response_mask) for _ in range(7))
+    return Rollout(ids, mask, response_mask, stops.any(1), response_mask.new_zeros(len(ids)), *unset), texts
+
+
+@torch.no_grad()
+def score_tokens(policy, reference, rollout, config):
+    """Set the rollout's log-probabilities under policy and reference, exact KL, entropy and values, in place; by the
+    same forward pass that trains, since the sampler's own numbers differ from it by rounding."""
+    for rows in micro_batches(rollout.mask.sum(1), config.accumulate):
+        part = rollout.take(rows)
+        mask, R = part.response_mask, part.response_mask.shape[1]
+        logits, values = policy(part.ids, part.mask, R)
+        logprobs, entropy, everything = token_scores(logits, part.ids[:, -R:], config.temperature)
+        with reference() as model:
+            logits = model.out_head(response_states(model, part.ids, part.mask, R)[:, :-1])
+        ref_logprobs, _, ref_everything = token_scores(logits, part.ids[:, -R:], config.temperature)
+        rollout.logprobs[rows, :R] = logprobs * mask
+        rollout.ref_logprobs[rows, :R] = ref_logprobs * mask
+        rollout.kl[rows, :R] = exact_kl(everything, ref_everything) * mask
+        rollout.entropy[rows, :R] = entropy * mask
+        rollout.values[rows, :R] = full_precision(values) * mask
 
 
 def call_reward(reward, prompts, responses):
-    """Return the reward function's scores (B,) after checking that there is one finite number for each response.
-
-    Raises ValueError that says what the function did; nothing was changed by then."""
+    """Return the reward function's scores (B,); ValueError unless there is one finite number for each response."""
     try:
         scores = [float(score) for score in reward(prompts, responses)]
     except Exception as error:  # foreign code: whatever it raises, the run ends in one line
         raise ValueError(f"the reward function failed: {type(error).__name__}: {error}; the policy was not updated, "
                          "--resume goes on once it works") from error
-    if len(scores) != len(responses):
-        raise ValueError(f"the reward function returned {len(scores)} scores for {len(responses)} responses")
-    bad = [index for index, score in enumerate(scores) if not math.isfinite(score)]
-    if bad:
-        raise ValueError(f"the reward of response {bad[0]} is {scores[bad[0]]}: {responses[bad[0]][:80]!r}; the policy "
-                         "was not updated")
+    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+        raise ValueError(f"the reward function returned {len(scores)} scores for {len(responses)} responses, or some "
+                         f"are not finite: {str(scores)[:200]}; the policy was not updated")
     return torch.tensor(scores)
 
 
-def start_of(model):
-    """Return a function that opens a context with the model as it is now, whatever training makes of it later.
-
-    New adapters change nothing yet, so the model with them switched off is the start, and no second copy is needed;
-    otherwise (all weights train, or the adapters have been trained before) it is a frozen copy."""
-    adapters = [parameter for name, parameter in model.named_parameters() if name.endswith("lora_B")]
-    if adapters and not any(bool(parameter.any()) for parameter in adapters):
-        from lora import lora_disabled
-
-        return lambda: lora_disabled(model)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return lambda: contextlib.nullcontext(frozen)
+def load_reward_model(path, device="cpu"):
+    """Return (model in eval mode, tokenizer, info); FileNotFoundError or ValueError for what is no reward model."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no reward model {path}; make it with: python rlhf.py reward")
+    tensors, config, tokenizer, info = gpt.read_checkpoint(path)
+    if info["kind"] != "reward" or tokenizer is None or info["head"] not in HEADS or info.get("blind"):
+        raise ValueError(f"{path} is no reward model of this edition; make one with: python rlhf.py reward")
+    model = gpt.copy_weights(RewardModel(gpt.empty_model(config), info["head"]), tensors, path)
+    return model.to(device).eval(), tokenizer, info
 
 
-def pieces(lengths, count):
-    """Return `count` index tensors (fewer for a small batch) that share out a batch by length, the shortest first."""
-    return lengths.argsort(stable=True).chunk(count)
+def model_reward(model, tokenizer, template):
+    """Return the reward function (prompts, responses) -> list of floats of a reward model."""
+    @torch.no_grad()
+    def reward(prompts, responses):
+        pairs = [{"prompt": prompt, "chosen": response, "rejected": ""} for prompt, response in zip(prompts, responses)]
+        rows, room = [encode_pair(pair, tokenizer, template) for pair in pairs], model.config.context_length
+        scores = torch.zeros(len(rows))
+        for some in micro_batches([len(row.prompt) + len(row.chosen) for row in rows], math.ceil(len(rows) / 32)):
+            answers = [rows[i].chosen[-(room - 1) :] for i in some]
+            asked = [rows[i].prompt[-(room - len(ids)) :] for i, ids in zip(some, answers)]
+            scores[some] = model(*pack(asked, answers, tokenizer.eot_id, model.gpt.device)).float().cpu()
+        return scores.tolist()
+    return reward
 
 
-def cut(ids, mask, response_mask, rows):
-    """Return (ids, mask, R) of some rows without the last columns where those are padding in all of them."""
-    R = int(response_mask[rows].sum(1).max())
-    end = ids.shape[1] - response_mask.shape[1] + R
-    return ids[rows, :end], mask[rows, :end], R
-
-
-@torch.no_grad()
-def compare_with_start(policy, start, ids, mask, response_mask, config):
-    """Return (logprobs, ref_logprobs, exact KL, entropy, values), each (B, R), of sampled responses.
-
-    Computed anew by one full forward, as in training: the sampler's own numbers differ from it by rounding."""
-    results = [torch.zeros_like(response_mask) for _ in range(5)]
-    for rows in pieces(mask.sum(1).cpu(), config.accumulate):
-        some_ids, some_mask, R = cut(ids, mask, response_mask, rows)
-        logits, values = policy(some_ids, some_mask, R)
-        logprobs, entropy, everything = token_scores(logits, some_ids[:, -R:], config.temperature)
-        with start() as reference:
-            logits = reference.out_head(response_states(reference, some_ids, some_mask, R))
-        ref_logprobs, _, ref_everything = token_scores(logits, some_ids[:, -R:], config.temperature)
-        kl = exact_kl(everything, ref_everything)
-        for result, found in zip(results, (logprobs, ref_logprobs, kl, entropy, values)):
-            result[rows, :R] = full_precision(found)
-    return [result * response_mask for result in results]
-
-
-def play(policy, start, prompts, reward, tokenizer, config, num_samples=1):
-    """Return the Episodes of a batch of prompts: responses sampled, scored by `reward`, and by policy and reference."""
-    policy.eval()  # dropout off, here and in `improve`: else old and new probabilities would differ by chance
-    ids, mask, response_mask, texts = sample_responses(policy.gpt, [prompt.ids for prompt in prompts], tokenizer,
-                                                       config.response_length, config.temperature, num_samples)
-    asked = [prompt.text for prompt in prompts for _ in range(num_samples)]
-    scores = call_reward(reward, asked, texts).to(ids.device)
-    logprobs, ref_logprobs, kl, entropy, values = compare_with_start(policy, start, ids, mask, response_mask, config)
-    stopped = (ids[:, -response_mask.shape[1] :] == tokenizer.eot_id).any(1)
-    return Episodes(asked, texts, ids, mask, response_mask, stopped, logprobs, ref_logprobs, kl.sum(1), entropy, values,
-                    scores)
+def load_reward(name, device, required=True):
+    """Return the reward function of --reward; None for a file that is missing and not `required`."""
+    module, _, function = name.rpartition(":")
+    if name == "gold":
+        return lambda prompts, responses: [gold_score(*both) for both in zip(prompts, responses)]
+    if not module or name.endswith(".safetensors"):
+        if not required and not Path(name).is_file():
+            return None
+        model, tokenizer, info = load_reward_model(name, device)
+        return model_reward(model, tokenizer, info["template"])
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"--reward {name}: {error}; it takes module:function, mine:{function} for mine.py") from None
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs and rewards
+# The three loops: reward model; PPO and GRPO; DPO
 
 
-def load_pairs(config):
-    """Return the pairs of --data as three lists, train, validation and test, no prompt in two of them.
+def open_start(config, answers=True):
+    """Return what every command starts from: (model with its adapters, tokenizer, template, three lists of pairs)."""
+    model, tokenizer, info = load_start(config, "python finetune_sft.py")
+    if tokenizer.eot_id is None:
+        raise ValueError(f"{config.init}: its tokenizer has no end-of-text token, without which no response ends")
+    torch.manual_seed(config.seed)
+    if config.lora_rank:
+        add_adapters(model, config)
+    return model.to(pick_device(config.device)), tokenizer, info.get("template", "plain"), load_pairs(config, answers)
 
-    A pair is a dict with prompt, chosen, rejected; see data.preference."""
-    names = ("train", "val", "test")
-    if config.data == "tinyworld":
-        parts = [[preference(entry) for entry in tinyworld(
-            "preferences", part, config.examples or None if part == "train" else None)] for part in names]
+
+def run_mark(model, data, *files):
+    """Return the fingerprint of a run: its data, the files that it starts from, and frozen weights."""
+    return fingerprint(model, data, *(gpt.file_sha256(file) for file in files if Path(file).is_file()))
+
+
+def keep_best(folder, model, tokenizer, progress, value, title, keys, info, **figures):
+    """Log and draw the figures of an evaluation, and keep the weights if `value` is the lowest so far."""
+    better = is_best(progress, value)
+    log(folder, progress.step, **figures)
+    if better:
+        save_best(folder, model, tokenizer, step=progress.step, **info, **figures)
+    line = "  ".join(f"{key.removeprefix('val_')} {figures[key]:.4f}" for key in keys if key in figures)
+    print(f"step {progress.step}  validation  {line}" + "  best" * better, file=sys.stderr)
+    draw_curves(folder / "curves.svg", title, read_log(folder), {key: key for key in keys}, "nats; score; share")
+
+
+def train_reward(config):
+    """Train a reward model on --data and return the summary."""
+    if summary := finished(config):
+        return summary
+    model, tokenizer, template, parts = open_start(config)
+    pad_id, device, context = tokenizer.eot_id, model.device, autocast(config, model.device)
+    samples = start_samples(model, parts[1], tokenizer, template, config)
+    rows, val_rows, test_rows = (encode_pairs(part, tokenizer, template, model.config.context_length) for part in parts)
+    model = RewardModel(model, config.head).to(device).train()
+    total = total_steps(config, math.ceil(len(rows) / config.batch_size))
+    optimizers, progress, mark = make_optimizers(model, config), Progress(), run_mark(model, parts, config.init)
+    info = dict(kind="reward", stage="reward", head=config.head, template=template)
+    forward = torch.compile(model, dynamic=True) if config.compile else model
+    with open_run(config, mark, progress) as (folder, state, stop):
+        start_run(folder, state, model, optimizers, progress, total, config, mark, "reward")
+        for indices in batches(len(rows), config, progress, total):  # 1. each epoch  2. each batch
+            clock = time.monotonic()
+            model.zero_grad(set_to_none=True)  # 3. clear gradients
+            batch, tokens, batch_loss = [rows[i] for i in indices], 0, 0.0
+            for some, ids, mask, R in pair_batches(batch, config.accumulate, pad_id, device):
+                with context:
+                    chosen, rejected = forward(ids, mask, R).chunk(2)
+                loss = reward_loss(chosen, rejected) * (len(some) / len(batch))  # 4. loss
+                loss.backward()  # 5. backward
+                batch_loss += loss.item()
+                tokens += int(mask.sum())
+            norm = clip_grad_norm_(model.parameters(), config.clip or math.inf).item()  # 6. clip, set the rate, update
+            check_finite(batch_loss, norm, progress, folder, indices)
+            rate = set_learning_rate(optimizers, progress.step, total, config)
+            for optimizer in optimizers:
+                optimizer.step()
+            progress.step += 1
+            progress.tokens += tokens
+            report_step(folder, progress, total, config, batch_loss, norm, rate, tokens, clock)  # 7. report
+            if due(progress.step, config.eval_every, total):  # 8. evaluate, sample, save
+                evaluate_reward(folder, model, val_rows, samples, tokenizer, progress, info)
+            stopping = bool(stop)  # one look per step
+            if stopping or due(progress.step, config.save_every, total):
+                save_state(folder, model, optimizers, progress, config, mark)
+            if stopping:
+                stop_now(folder, progress, total, stop)
+        figures = reward_figures(load_reward_model(folder / "model.safetensors", device)[0], rows, test_rows, pad_id)
+        summary = write_summary(folder, config, "reward", progress, model, mark, val_loss=progress.best, **figures)
+    print("reward model: accuracy {accuracy:.1%} ({accuracy_interval[0]:.1%} to {accuracy_interval[1]:.1%}), by length "
+          "{length_baseline_accuracy:.1%}, naive Bayes {naive_bayes_accuracy:.1%}; {seconds:.0f} s".format(**summary))
+    return summary
+
+
+def start_samples(model, pairs, tokenizer, template, config):
+    """Return [(ids, mask, R)] of the start's own responses, at least 64, by which a reward model is normalized."""
+    prompts = encode_prompts(pairs, tokenizer, template, model, config)[: config.eval_prompts]
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    rollout, texts = sample_responses(model, [row.prompt for row in prompts], tokenizer, config.response_length,
+                                      config.temperature, math.ceil(64 / len(prompts)), generator)
+    if len(prompts) == len(set(texts)) == 1:
+        raise ValueError("--init always answers the only validation prompt alike; give --data with more prompts")
+    R = rollout.response_mask.shape[1]
+    return [(ids, mask, R) for ids, mask in zip(rollout.ids.split(32), rollout.mask.split(32))]
+
+
+@torch.no_grad()
+def pair_margins(model, pairs, pad_id):
+    """Return a reward model's margins (N,), chosen minus rejected, of Pairs on the CPU."""
+    margins = torch.empty(len(pairs))
+    for rows, *packed in pair_batches(pairs, math.ceil(len(pairs) / 32), pad_id, model.gpt.device):
+        chosen, rejected = model(*packed).float().cpu().chunk(2)
+        margins[rows] = chosen - rejected
+    return margins
+
+
+@torch.no_grad()
+def evaluate_reward(folder, model, pairs, samples, tokenizer, progress, info):
+    """Evaluate on the validation pairs; the model is kept normalized."""
+    model.eval()
+    margins = pair_margins(model, pairs, tokenizer.eot_id)
+    loss, accuracy = -F.logsigmoid(margins).mean().item(), correct(margins).mean().item()
+    model.normalize(torch.cat([model(*some).float() for some in samples]))
+    keep_best(folder, model, tokenizer, progress, loss, "Reward model", ("loss", "val_loss", "val_accuracy"), info,
+              val_loss=loss, val_accuracy=accuracy, val_margin=margins.mean().item())
+    model.gain.fill_(1)  # as in training: a loss of differences is about scores as they are
+    model.bias.zero_()
+    model.train()
+
+
+def reward_figures(model, train_pairs, pairs, pad_id):
+    """Return the figures of a reward model on test pairs, beside going by length and by naive Bayes on words."""
+    margins, sides = pair_margins(model, pairs, pad_id) / model.gain.item(), ("chosen", "rejected")
+    words = naive_bayes([(side, pair.text[side]) for pair in train_pairs for side in sides])
+
+    def share(pairs, score):
+        leads = [float(score(pair.text["chosen"]) - score(pair.text["rejected"])) for pair in pairs]
+        return correct(torch.tensor(leads)).mean().item()
+
+    length, hits = share(pairs, len), correct(margins)
+    gold = [rubric(gold_score, [p.text["prompt"] for p in pairs], [p.text[side] for p in pairs]) for side in sides]
+    return dict(accuracy=hits.mean().item(), accuracy_interval=wilson(hits.sum().item(), len(hits)),
+                accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
+                length_baseline_accuracy=length if share(train_pairs, len) >= 0.5 else 1 - length,
+                naive_bayes_accuracy=share(pairs, lambda text: words(text)["chosen"] - words(text)["rejected"]),
+                margin=margins.mean().item(), test_loss=-F.logsigmoid(margins).mean().item(), test_pairs=len(hits))
+
+
+def train_policy(config, stage="ppo"):
+    """Train a policy against --reward, by PPO or GRPO as `stage` says, and return the summary."""
+    if config.batch_size % config.group or stage == "grpo" and config.group < 2:
+        raise argparse.ArgumentError(None, f"--batch_size must be a multiple of --group {config.group}, in grpo > 1")
+    if summary := finished(config):
+        return summary
+    model, tokenizer, template, parts = open_start(config, answers=False)
+    prompts, val_prompts, test_prompts = (encode_prompts(part, tokenizer, template, model, config) for part in parts)
+    context, reward = autocast(config, model.device), load_reward(config.reward, model.device)
+    reference = reference_of(model)  # a frozen copy, or with new adapters this model inside lora_disabled
+    policy = Policy(model).eval()  # dropout is off throughout: else the first ratios would not be 1
+    policy.value_head.requires_grad_(stage == "ppo")
+    per_step = dataclasses.replace(config, batch_size=config.batch_size // config.group)  # prompts, not responses
+    total = total_steps(config, math.ceil(len(prompts) / per_step.batch_size))
+    optimizers, progress = make_optimizers(policy, config), Progress(extra={"kl_coef": config.kl_coef, "episodes": 0})
+    mark = run_mark(policy, prompts, config.init, config.reward)
+    info = dict(stage=stage, template=template, split_seed=config.split_seed)
+    forward = torch.compile(policy, dynamic=True) if config.compile else policy
+    with open_run(config, mark, progress) as (folder, state, stop):
+        start_run(folder, state, policy, optimizers, progress, total, config, mark, stage)
+        if progress.step == 0:
+            evaluate_policy(folder, model, reference, val_prompts, reward, tokenizer, progress, config, info)
+        for indices in batches(len(prompts), per_step, progress, total):  # 1. each epoch  2. each batch
+            clock, kl_coef, asked = time.monotonic(), progress.extra["kl_coef"], [prompts[i] for i in indices]
+            # A. sample --group responses to each prompt
+            with context:
+                rollout, texts = sample_responses(model, [row.prompt for row in asked], tokenizer,
+                                                  config.response_length, config.temperature, config.group)
+            # B. score them; one without a stop token loses --no_stop_penalty
+            scores = call_reward(reward, [row.text["prompt"] for row in asked for _ in range(config.group)], texts)
+            rollout = rollout._replace(scores=scores.to(model.device))
+            final = rollout.scores - config.no_stop_penalty * ~rollout.stopped
+            # C. log-probabilities under policy and reference, values, exact KL
+            with context:
+                score_tokens(forward, reference, rollout, config)
+            # D. advantages: per token by the value head (PPO), per response within its group (GRPO)
+            mask = rollout.response_mask
+            if stage == "ppo":
+                rewards = token_rewards(final, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)
+                if config.whiten_rewards:
+                    rewards = whiten(rewards, mask, shift_mean=False)
+                advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
+                rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)
+            else:
+                rollout = rollout._replace(advantages=group_advantages(final, config.group)[:, None] * mask)
+            # E. update: --ppo_epochs passes over the responses, in --minibatches random parts
+            updates = []
+            passes = (torch.randperm(len(texts)).chunk(config.minibatches) for _ in range(config.ppo_epochs))
+            for rows in itertools.chain.from_iterable(passes):
+                rows = rows.sort().values  # ordered as when they were scored: the first ratios are 1 to the bit
+                policy.zero_grad(set_to_none=True)  # 3. clear gradients
+                metrics, tokens = Counter(), rollout.response_mask[rows].sum()
+                for some in micro_batches(rollout.mask[rows].sum(1), config.accumulate):
+                    part = rollout.take(rows[some])
+                    mask, R = part.response_mask, part.response_mask.shape[1]
+                    with context:
+                        logits, values = forward(part.ids, part.mask, R)
+                    new, _, _ = token_scores(logits, part.ids[:, -R:], config.temperature)
+                    loss, found = ppo_policy_loss(new, part.logprobs, part.advantages, mask, config.clip_range)
+                    if stage == "ppo":
+                        value_loss = ppo_value_loss(full_precision(values), part.values, part.returns, mask,
+                                                    config.clip_range_value)
+                        found["loss/value"] = value_loss.item()
+                        loss = loss + config.vf_coef * value_loss
+                    else:  # k2, whose gradient is the KL's; that of k3 is not (Liu et al. 2025, arXiv 2510.01555)
+                        loss = loss + kl_coef * masked_mean(0.5 * (new - part.ref_logprobs) ** 2, mask)
+                    share = (mask.sum() / tokens).item()
+                    loss = loss * share  # 4. loss
+                    loss.backward()  # 5. backward
+                    metrics.update({key: value * share for key, value in found.items()}, loss=loss.item())
+                for loss in ptx_losses(model, asked, config, context):
+                    loss.backward()
+                    metrics.update({"loss/ptx": loss.item(), "loss": loss.item()})
+                if updates and 0 < config.max_approxkl < metrics["policy/approxkl"]:
+                    break
+                # 6. clip, set the rate, update
+                norm = clip_grad_norm_(policy.parameters(), config.clip or math.inf).item()
+                check_finite(metrics["loss"], norm, progress, folder, indices)
+                rate = set_learning_rate(optimizers, progress.step, total, config)
+                for optimizer in optimizers:
+                    optimizer.step()
+                updates.append(metrics)
+            # F. report, adapt the KL penalty
+            progress.step += 1
+            tokens = int(rollout.mask.sum())
+            progress.tokens += tokens
+            progress.extra["episodes"] += len(texts)
+            figures = step_figures(rollout, updates, kl_coef, len(texts) / (time.monotonic() - clock))
+            progress.extra["kl_coef"] = kl_controller(kl_coef, figures["objective/kl"], config.kl_target, len(texts),
+                                                      config.kl_horizon)
+            log(folder, progress.step, episode=progress.extra["episodes"], lr=rate, **figures)
+            report_step(folder, progress, total, config, figures["loss"], norm, rate, tokens, clock)  # 7. report
+            if due(progress.step, config.eval_every, total):  # 8. evaluate, sample, save
+                evaluate_policy(folder, model, reference, val_prompts, reward, tokenizer, progress, config, info)
+            stopping = bool(stop)  # one look per step
+            if stopping or due(progress.step, config.save_every, total):
+                save_state(folder, policy, optimizers, progress, config, mark)
+            if stopping:
+                stop_now(folder, progress, total, stop)
+        return finish_policy(folder, stage, policy, reference, test_prompts, reward, tokenizer, progress, config, mark)
+
+
+def train_grpo(config):
+    """Train a policy by GRPO against --reward: no value head, advantages within groups of responses to a prompt."""
+    return train_policy(config, "grpo")
+
+
+def ptx_losses(model, asked, config, context):
+    """Yield the ptx loss () of each micro-batch: ptx_coef x nats per token of writing the preferred answers, if any.
+
+    Source: Ouyang et al. 2022 (InstructGPT), equation 2, with answers to the same prompts for pretraining text."""
+    rows = [(row.prompt, row.chosen[: config.response_length]) for row in asked if row.text["chosen"] != NO_ANSWER]
+    tokens, lengths = sum(len(chosen) for _, chosen in rows), [len(prompt) + len(chosen) for prompt, chosen in rows]
+    for some in micro_batches(lengths, config.accumulate) if rows and config.ptx_coef else ():
+        packed = pack(*zip(*(rows[i] for i in some)), 0, model.device)
+        with context:
+            loss = -sequence_logprobs(model, *packed).sum()
+        yield config.ptx_coef / tokens * loss
+
+
+def step_figures(rollout, updates, kl_coef, eps):
+    """Return the figures of a step by the usual names; ValueError where the first probability ratios were not 1."""
+    if abs(updates[0]["val/ratio"] - 1) > 0.05:
+        raise ValueError(f"the first probability ratio is {updates[0]['val/ratio']:.3f}, not 1: sampling and training "
+                         "do not see the same model; --dtype float32 may help")
+    mask, k1 = rollout.response_mask, (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    figures = {"objective/scores": rollout.scores.mean(), "objective/scores_std": rollout.scores.std(correction=0),
+               "objective/kl": k1.mean(), "objective/kl_exact": rollout.kl.sum(1).mean(), "objective/kl_coef": kl_coef,
+               "objective/entropy": rollout.entropy.sum(1).mean(), "objective/non_score_reward": -kl_coef * k1.mean(),
+               "objective/rlhf_reward": (rollout.scores - kl_coef * k1).mean(), "eps": eps,
+               "response_length": mask.sum(1).mean(), "val/stopped": rollout.stopped.float().mean()}
+    if "loss/value" in updates[0]:
+        error = masked_mean((rollout.returns - rollout.values) ** 2, mask)
+        spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)) ** 2, mask)
+        figures["val/explained_variance"] = 1 - error / (spread + 1e-8)
+    means = {key: sum(metrics[key] for metrics in updates) / len(updates) for key in updates[0]}
+    return {**means, **{key: float(value) for key, value in figures.items()}}
+
+
+def evaluate_policy(folder, model, reference, prompts, reward, tokenizer, progress, config, info):
+    """Evaluate on validation prompts; the best weights have the highest reward - kl_coef x KL. Equal rewards before the
+    first step are an error, except 0, which a sparse reward may give to all: a warning."""
+    prompts, step = prompts[: config.eval_prompts], progress.step
+    found = assess(model, reference, prompts, reward, tokenizer, config)
+    if step == 0 and len(prompts) > 1 and len(set(found["reward"].tolist())) == 1:
+        equal = f"all {len(prompts)} rewards are {found['reward'][0]:g} before the first step: nothing can be learned"
+        if found["reward"][0]:
+            raise ValueError(f"{equal} from them; look at --reward")
+        print(f"warning: {equal} until a response earns another", file=sys.stderr)
+    shown = zip(prompts[:3], found["responses"], found["reward"].tolist())
+    samples = "".join(f"{row.text['prompt']}  ->  {text}  ({score:.2f})".replace("\n", " / ") + "\n"
+                      for row, text, score in shown)
+    figures = {f"val_{key}": found[key].mean().item() for key in ("reward", "kl", "gold") if found[key] is not None}
+    log(folder, step, samples=f"--- step {step}\n{samples}")
+    keep_best(folder, model, tokenizer, progress, config.kl_coef * figures["val_kl"] - figures["val_reward"],
+              f"{info['stage'].upper()}, validation prompts", tuple(figures), info, **figures)
+    print(samples, end="", file=sys.stderr)
+    with gpt.replacing(folder / "samples.txt") as file:
+        file.write("".join(row.get("samples", "") for row in read_log(folder)).encode())
+
+
+def train_dpo(config):
+    """Train a policy on pairs directly, without reward model or sampling, and return the summary."""
+    if summary := finished(config):
+        return summary
+    model, tokenizer, template, parts = open_start(config)
+    pad_id, device, context = tokenizer.eot_id, model.device, autocast(config, model.device)
+    rows, val_rows = (encode_pairs(part, tokenizer, template, model.config.context_length) for part in parts[:2])
+    prompts = encode_prompts(parts[2], tokenizer, template, model, config)
+    reward = load_reward(config.reward, device, required=False)
+    reference = reference_of(model)  # a frozen copy, or with new adapters this model inside lora_disabled
+    model.eval()  # dropout is off throughout, so that the loss starts at ln 2
+    total = total_steps(config, math.ceil(len(rows) / config.batch_size))
+    optimizers, progress, mark = make_optimizers(model, config), Progress(), run_mark(model, parts, config.init)
+    info = dict(stage="dpo", template=template, split_seed=config.split_seed)
+    forward = torch.compile(sequence_logprobs, dynamic=True) if config.compile else sequence_logprobs
+    with open_run(config, mark, progress) as (folder, state, stop):
+        start_run(folder, state, model, optimizers, progress, total, config, mark, "dpo")
+        for indices in batches(len(rows), config, progress, total):  # 1. each epoch  2. each batch
+            clock = time.monotonic()
+            model.zero_grad(set_to_none=True)  # 3. clear gradients
+            batch, tokens, batch_loss, metrics = [rows[i] for i in indices], 0, 0.0, Counter()
+            for some, ids, mask, R in pair_batches(batch, config.accumulate, pad_id, device):
+                with context:
+                    loss, found = pair_loss(model, reference, ids, mask, R, config, forward)
+                share = len(some) / len(batch)
+                loss = loss * share  # 4. loss
+                loss.backward()  # 5. backward
+                batch_loss += loss.item()
+                tokens += int(mask.sum())
+                metrics.update({key: value * share for key, value in found.items()})
+            norm = clip_grad_norm_(model.parameters(), config.clip or math.inf).item()  # 6. clip, set the rate, update
+            check_finite(batch_loss, norm, progress, folder, indices)
+            rate = set_learning_rate(optimizers, progress.step, total, config)
+            for optimizer in optimizers:
+                optimizer.step()
+            progress.step += 1
+            progress.tokens += tokens
+            log(folder, progress.step, **metrics)
+            report_step(folder, progress, total, config, batch_loss, norm, rate, tokens, clock)  # 7. report
+            if due(progress.step, config.eval_every, total):  # 8. evaluate, sample, save
+                evaluate_pairs(folder, model, reference, val_rows, tokenizer, progress, config, info)
+            stopping = bool(stop)  # one look per step
+            if stopping or due(progress.step, config.save_every, total):
+                save_state(folder, model, optimizers, progress, config, mark)
+            if stopping:
+                stop_now(folder, progress, total, stop)
+        return finish_policy(folder, "dpo", model, reference, prompts, reward, tokenizer, progress, config, mark)
+
+
+def pair_loss(model, reference, ids, mask, R, config, forward=sequence_logprobs):
+    """Return (loss, metrics) of B Pairs as 2B rows; with --loss sft it is the loss of writing the chosen answers."""
+    chosen, rejected = forward(model, ids, mask, R).chunk(2)
+    with torch.no_grad(), reference() as start:
+        ref_chosen, ref_rejected = sequence_logprobs(start, ids, mask, R).chunk(2)
+    if config.loss == "dpo":
+        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing)
     else:
-        pairs = different_pairs(config.data)
-        seed = config.seed if config.split_seed < 0 else config.split_seed
-        parts = list(split(pairs, seed=seed, group=lambda pair: pair["prompt"]))
-        if not all(parts):
-            prompts = len({pair["prompt"] for pair in pairs})
-            raise ValueError(f"{config.data}: {len(pairs)} pairs to {prompts} different prompts are too few to split "
-                             "into train, validation and test")
-    parts[0] = parts[0][: config.examples or None]
-    if config.extra:
-        held_out = {pair["prompt"] for part in parts[1:] for pair in part}
-        parts[0].extend(pair for pair in different_pairs(config.extra) if pair["prompt"] not in held_out)
-    return [shuffled(part, name, config.seed) if config.shuffle_labels and name != "test" else part
-            for part, name in zip(parts, names)]
+        loss = -chosen.mean()
+    gained, lost = config.beta * (chosen - ref_chosen).detach(), config.beta * (rejected - ref_rejected).detach()
+    metrics = {"rewards/chosen": gained, "rewards/rejected": lost, "rewards/margins": gained - lost,
+               "rewards/accuracies": correct(gained - lost), "logps/chosen": chosen, "logps/rejected": rejected}
+    return loss, {key: value.mean().item() for key, value in metrics.items()}
 
 
-def different_pairs(source):
-    """Return the pairs of a file without those of two equal answers, which teach nothing and are counted.
-
-    Raises ValueError where they are more than 5%."""
-    pairs = read_preferences(source)
-    different = [pair for pair in pairs if pair["chosen"].strip() != pair["rejected"].strip()]
-    equal = f"{source}: {len(pairs) - len(different)} of {len(pairs)} pairs have two equal answers"
-    if len(different) < 0.95 * len(pairs):
-        raise ValueError(f"{equal}; above 5% something is wrong with the file")
-    if len(different) < len(pairs):
-        print(f"{equal} and are left out", file=sys.stderr)
-    return different
+@torch.no_grad()
+def evaluate_pairs(folder, model, reference, pairs, tokenizer, progress, config, info):
+    """Evaluate on the validation pairs; the best weights have the lowest loss."""
+    sums = Counter()
+    for rows, *packed in pair_batches(pairs, math.ceil(len(pairs) / 32), tokenizer.eot_id, model.device):
+        loss, found = pair_loss(model, reference, *packed, config)
+        found["loss"] = loss.item()
+        sums.update({f"val_{key}": value * len(rows) / len(pairs) for key, value in found.items()})
+    keep_best(folder, model, tokenizer, progress, sums["val_loss"], config.loss.upper(),
+              ("loss", "val_loss", "val_rewards/accuracies", "val_rewards/margins"), info, **sums)
 
 
-def shuffled(pairs, *seed):
-    """Return the pairs, each turned round by the fall of a coin."""
-    coins = torch.rand(len(pairs), generator=seeded("coins", *seed)) < 0.5
-    return [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} if coin else pair
-            for pair, coin in zip(pairs, coins.tolist())]
-
-
-def correct(margins):
-    """Return 1 for each positive margin, 0.5 for each that is 0, (N,) -> (N,)."""
-    return (margins > 0).float() + 0.5 * (margins == 0).float()
-
-
-def pair_margins(pairs, score):
-    """Return score(chosen) - score(rejected) of the texts of each pair, (N,)."""
-    return torch.tensor([float(score(pair["chosen"]) - score(pair["rejected"])) for pair in pairs])
-
-
-def report_pairs(parts):
-    """Print counts, lengths, duplicates and how often the longer answer wins."""
-    pairs = [pair for part in parts for pair in part]
-    lengths = [len(pair[side]) for pair in pairs for side in ("chosen", "rejected")]
-    different = {(pair["prompt"], *sorted((pair["chosen"], pair["rejected"]))) for pair in pairs}
-    print(f"pairs: {len(parts[0]):,} train, {len(parts[1]):,} validation, {len(parts[2]):,} test, of "
-          f"{len({pair['prompt'] for pair in pairs}):,} prompts; {len(pairs) - len(different):,} occur twice; answers "
-          f"have {statistics.mean(lengths):.0f} characters, the longest {max(lengths):,}; the longer one is preferred "
-          f"in {correct(pair_margins(pairs, len)).mean():.1%}", file=sys.stderr)
-
-
-def naive_bayes(pairs):
-    """Return a function of a text: the log-odds, by its words, that it is a preferred answer. A baseline.
-
-    Multinomial naive Bayes with add-one smoothing over lower-cased words and punctuation marks."""
-    words = lambda text: re.findall(r"\w+|[^\w\s]", text.lower())  # noqa: E731
-    good, bad = (Counter(word for pair in pairs for word in words(pair[side])) for side in ("chosen", "rejected"))
-    both = good | bad
-    lead = math.log((sum(bad.values()) + len(both)) / (sum(good.values()) + len(both)))
-    odds = {word: math.log((good[word] + 1) / (bad[word] + 1)) + lead for word in both}
-    return lambda text: sum(odds.get(word, 0.0) for word in words(text))
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation on held-out prompts, rating by a person, the command line
 
 
 def rubric(score, prompts, responses):
@@ -662,1145 +900,199 @@ def rubric(score, prompts, responses):
         return None
 
 
-def truth_decides(pairs):
-    """Return which of tinyworld's pairs are of two whole answers of which one is right, (N,) of true or false."""
-    found = [[rubric_parts(pair["prompt"], pair[side]) for side in ("chosen", "rejected")] for pair in pairs]
-    return torch.tensor([a["right"] != b["right"] and a["ends"] and b["ends"] for a, b in found])
-
-
-def is_right(prompt, response):
-    """Return whether a response gives the right answer, whatever its manner."""
-    return exact_match(response, answer(prompt))
-
-
-class Pair(NamedTuple):
-    """A comparison as token ids; the answers end with the stop token."""
-
-    prompt: list
-    chosen: list
-    rejected: list
-
-    @property
-    def lengths(self):
-        """The tokens of its three parts."""
-        return [len(part) for part in self]
-
-    @property
-    def length(self):
-        """All of its tokens, the prompt counted once."""
-        return sum(self.lengths)
-
-
-def encode_response(text, tokenizer, template):
-    """Return the token ids of a response as it follows a template's prompt, its stop token included."""
-    return tokenizer.encode(format_response(text, template)) + [tokenizer.eot_id]
-
-
-def encode_pairs(pairs, tokenizer, template, room):
-    """Return a Pair for each pair of text; of one that has more than `room` tokens the beginning is cut off."""
-    rows, cut_off = [], 0
-    for pair in pairs:
-        prompt = tokenizer.encode(format_prompt(pair, template))
-        answers = [encode_response(pair[side], tokenizer, template) for side in ("chosen", "rejected")]
-        longest = max(map(len, answers))
-        cut_off += len(prompt) + longest > room
-        rows.append(Pair(prompt[-max(1, room - longest) :], *(ids[-(room - 1) :] for ids in answers)))
-    if cut_off:
-        print(f"{cut_off} of {len(pairs)} pairs are longer than the context of {room} tokens and lose their beginning",
-              file=sys.stderr)
-    return rows
-
-
-def make_prompts(pairs, tokenizer, template, config, model):
-    """Return a Prompt for each different prompt of the pairs that leaves room for a response; others are counted."""
-    room = model.config.context_length - config.response_length
-    first = {pair["prompt"]: pair for pair in reversed(pairs)}
-    prompts = [Prompt(text, tokenizer.encode(format_prompt(first[text], template)), first[text]["chosen"],
-                      encode_response(first[text]["chosen"], tokenizer, template)[: config.response_length])
-               for text in dict.fromkeys(pair["prompt"] for pair in pairs)]
-    short = [prompt for prompt in prompts if 0 < len(prompt.ids) <= room]
-    long = f"{len(prompts) - len(short)} of {len(prompts)} prompts have more than {room} tokens, which leaves no room"
-    if not short:
-        raise ValueError(f"{long} for a response; lower --response_length")
-    if len(short) < len(prompts):
-        print(f"{long} for a response, and are left out", file=sys.stderr)
-    return short
-
-
-def stored_tensors(model):
-    """Return {name: tensor} of what a reward model's file holds: no head of tokens that is tied or not needed."""
-    return {name: tensor for name, tensor in model.state_dict().items()
-            if model.reads_head or not name.startswith("gpt.out_head.")}
-
-
-def save_reward_model(path, model, tokenizer, **made):
-    """Return the sha256 of the data after writing a reward model, its config and tokenizer to one file."""
-    config = dataclasses.replace(model.gpt.config, tie_weights=not model.reads_head)
-    metadata = {"kind": "reward", "config": json.dumps(dataclasses.asdict(config)),
-                "made": json.dumps({"kind": "reward", "head": model.head_kind, **made}),
-                "tokenizer": json.dumps(tokenizer.to_dict())}
-    return gpt.write_safetensors(path, stored_tensors(model), metadata)
-
-
-def load_reward_model(path, device="cpu"):
-    """Return (model in eval mode, tokenizer, made) from a file of `save_reward_model`.
-
-    Raises FileNotFoundError that says how to make one, ValueError for a file that is damaged or something else."""
-    from tokenizer import from_dict
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no reward model {path}; make it with: python rlhf.py reward")
-    tensors, metadata = gpt.read_safetensors(path)
-    if metadata.get("kind") != "reward":
-        raise ValueError(f"{path} is no reward model; make one with: python rlhf.py reward")
-    gpt.verify_data(path, metadata)
-    config, made = gpt.GPTConfig(**json.loads(metadata["config"])), json.loads(metadata["made"])
-    model = RewardModel(gpt.empty_model(config), made["head"])
-    wanted = stored_tensors(model)
-    for name in sorted(set(wanted) | set(tensors)):
-        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape:
-            raise ValueError(f"{path}: tensor {name!r} does not fit its config")
-        wanted[name].copy_(tensors[name])
-    return model.to(device).eval(), from_dict(json.loads(metadata["tokenizer"])), made
-
-
-def model_reward(model, tokenizer, template, blind=False):
-    """Return the reward function (prompts, responses) -> list of floats of a reward model; `blind` to the prompts."""
-    @torch.no_grad()
-    def reward(prompts, responses):
-        seen = ["" if blind else prompt for prompt in prompts]
-        asked = [tokenizer.encode(format_prompt({"prompt": prompt}, template)) for prompt in seen]
-        given = [encode_response(response, tokenizer, template) for response in responses]
-        room, scores = model.gpt.config.context_length, torch.zeros(len(asked))
-        for some in pieces(torch.tensor([len(p) + len(r) for p, r in zip(asked, given)]), math.ceil(len(asked) / 32)):
-            answers = [given[i][-(room - 1) :] for i in some.tolist()]
-            texts = [asked[i][-(room - len(answer)) :] for i, answer in zip(some.tolist(), answers)]
-            ids, mask, R = pack(texts, answers, tokenizer.eot_id, model.gpt.device)
-            scores[some] = model(ids, mask, R).float().cpu()
-        return scores.tolist()
-
-    return reward
-
-
-def gold_reward(prompts, responses):
-    """Return the hidden rubric's scores, a list of floats, of responses to tinyworld's prompts."""
-    return [gold_score(prompt, response) for prompt, response in zip(prompts, responses)]
-
-
-def load_reward(name, device):
-    """Return the reward function that --reward names: gold, module:function, or a reward model's file."""
-    if name == "gold":
-        return gold_reward
-    module, _, function = name.rpartition(":")
-    if not module or name.endswith(".safetensors"):
-        model, tokenizer, made = load_reward_model(name, device)
-        return model_reward(model, tokenizer, made["template"], made.get("blind", False))
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        module = module.removesuffix(".py")
-        raise ValueError(f"--reward {name}: {error}; it takes module:function, so {module}:{function} for a file "
-                         f"{module}.py here") from None
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loops: reward model; PPO and GRPO; DPO
-
-
-def open_setting(config, stage):
-    """Return what every loop starts from: (config, context, model, tokenizer, template, parts).
-
-    The command's own defaults are filled in, with --lora_rank the model has adapters, and `parts` are the pairs of
-    text for training, validation and test."""
-    given = getattr(config, "command_line", "")
-    unset = {name: value for name, value in DEFAULTS[stage].items() if getattr(config, name, None) == -1}
-    config = dataclasses.replace(config, out_dir=config.out_dir or f"out/{stage}", **unset)
-    config.command_line = given
-    device = pick_device(config.device)
-    context = autocast(config, device)
-    if config.init == "scratch":
-        check_scratch(config, stage)
-        parts = load_pairs(config)
-        model, tokenizer, made = new_start(config, parts[0])
-    else:
-        check_sizes(config, "vocab_size")
-        parts, (model, tokenizer, made) = None, load_writer(config, "python finetune_sft.py")
-    if tokenizer.eot_id is None:
-        raise ValueError(f"{config.init}: its tokenizer has no end-of-text token, without which no response ends")
-    large = sum(p.numel() for p in model.parameters()) > 50e6
-    if config.learning_rate == -1:
-        config.learning_rate = DEFAULTS[stage]["rates"][large] * (10 if config.lora_rank else 1)
-    if config.optimizer == "auto":
-        config.optimizer = "muon" if stage == "reward" and not large and not config.lora_rank else "adamw"
-    template = made.get("template", "plain") if config.template == "auto" else config.template
-    torch.manual_seed(config.seed)
-    if config.lora_rank:
-        add_adapters(model, config)
-    return config, context, model.to(device), tokenizer, template, parts or load_pairs(config)
-
-
-def check_scratch(config, stage):
-    """Raise ArgumentError where a stage cannot begin with fresh weights."""
-    if stage in ("all", "ppo", "grpo") or stage == "dpo" and config.loss == "dpo":
-        improves = "all goes on to ppo, which improves" if stage == "all" else f"{stage} improves"
-        raise argparse.ArgumentError(None, f"--init scratch: {improves} a policy that writes already; make one with: "
-                                           "python rlhf.py dpo --loss sft --init scratch")
-    if config.lora_rank:
-        raise argparse.ArgumentError(None, "--init scratch has learnt nothing that --lora_rank could adapt; leave one "
-                                           "of the two out")
-
-
-def new_start(config, pairs):
-    """Return (model, tokenizer, made) for --init scratch: fresh weights, and byte pairs of the training pairs."""
-    from tokenizer import BPETokenizer
-
-    texts = [pair[key] for pair in pairs for key in Pair._fields]
-    tokenizer = BPETokenizer.train(texts, config.vocab_size, split_digits=True)
-    torch.manual_seed(config.seed)
-    return new_model(config, tokenizer), tokenizer, {"kind": "gpt"}
-
-
-def fingerprint(*parts):
-    """Return one sha256 over data and the content of files that a run depends on; a resumed run must find the same."""
-    return json_sha256([hashlib.sha256(Path(part).read_bytes()).hexdigest()
-                        if isinstance(part, str) and Path(part).is_file() else part for part in parts])
-
-
-@contextlib.contextmanager
-def merged(run, model):
-    """Within the block adapters, where the model has any, are merged into its weights; adapter/ is written first."""
-    if not run.config.lora_rank:
-        yield
-        return
-    from lora import merge_lora, save_lora, unmerge_lora
-
-    save_lora(model, run.folder / "adapter")
-    merge_lora(model)
-    try:
-        yield
-    finally:
-        unmerge_lora(model)
-
-
-PROMPT, CHOSEN, REJECTED, PADDING = range(4)  # the parts of a row
-
-
-class PairStates(NamedTuple):
-    """B Pairs, each in one row of T tokens, and a model's states of them."""
-
-    states: torch.Tensor  # (B, T, C)
-    ids: torch.Tensor  # (B, T): prompt, chosen answer, rejected answer, padding
-    part: torch.Tensor  # (B, T): which of the four a token belongs to
-    before: torch.Tensor  # (B, T): the column whose state predicts it
-
-
-def lay_out(rows, pad_id):
-    """Return (ids, part), (B, T) each, of B Pairs: see PairStates."""
-    width = max(row.length for row in rows)
-    ids, part = torch.full((len(rows), width), pad_id), torch.full((len(rows), width), PADDING)
-    for b, row in enumerate(rows):
-        ids[b, : row.length] = torch.tensor([*row.prompt, *row.chosen, *row.rejected])
-        part[b, : row.length] = torch.tensor([PROMPT, CHOSEN, REJECTED]).repeat_interleave(torch.tensor(row.lengths))
-    return ids, part
-
-
-def pair_states(model, ids, part):
-    """Return the PairStates of Pairs laid out as `ids` and `part`, each (B, T).
-
-    Both answers have the positions behind the prompt, and neither sees the other. So every state is what it would be
-    in a row of its own, and the prompt is computed once instead of twice."""
-    ids, part, columns = ids.to(model.device), part.to(model.device), torch.arange(ids.shape[1], device=model.device)
-    P, Q = ((part < side).sum(1, keepdim=True) for side in (CHOSEN, REJECTED))  # (B, 1): where the answers begin
-    positions = torch.where(part == REJECTED, columns - Q + P, columns).masked_fill(part == PADDING, 0)
-    seen = (part[:, None, :] == PROMPT) | (part[:, None, :] == part[:, :, None])
-    allowed = (seen & (columns <= columns[:, None]))[:, None]
-    before = torch.where(columns == Q, P, columns) - 1  # the prompt's last state predicts both first tokens
-    return PairStates(model.states(ids, positions, allowed), ids, part, before.clamp(min=0))
-
-
-def pair_scores(model, rows, pad_id):
-    """Return a reward model's scores ((B,), (B,)) of the chosen and the rejected answers of B Pairs."""
-    return state_scores(model, pair_states(model.gpt, *lay_out(rows, pad_id)))
-
-
-def state_scores(model, pairs, logprobs=None):
-    """Return a reward model's scores ((B,), (B,)) of both answers, from PairStates.
-
-    `logprobs`, what `answer_logprobs` returns, saves computing it once more."""
-    answers = torch.stack([pairs.part == CHOSEN, pairs.part == REJECTED], dim=1)  # (B, 2, T)
-    if model.head_kind == "mean":
-        return model.score(mean_states(pairs.states, answers)).float().unbind(1)
-    last = answers.shape[2] - 1 - answers.int().flip(2).argmax(2)  # (B, 2)
-    states = pairs.states.gather(1, last[:, :, None].expand(-1, -1, pairs.states.shape[2]))
-    if model.head_kind != "likelihood":
-        return model.score(states).float().unbind(1)
-    return model.score(states, torch.stack(logprobs or answer_logprobs(model.gpt, pairs), dim=1)).float().unbind(1)
-
-
-def answer_logprobs(model, pairs):
-    """Return [chosen, rejected], (B,) each: the summed log-probabilities of both answers, from PairStates."""
-    states = pairs.states.gather(1, pairs.before[:, :, None].expand_as(pairs.states))
-    return [summed_logprobs(model, states, pairs.ids, pairs.part == side) for side in (CHOSEN, REJECTED)]
-
-
-def hide(rows, share, hidden_id):
-    """Return the Pairs with each token replaced by `hidden_id` with probability `share`.
-
-    A rude answer is rude without some of its words too, so none may be learnt by heart (Iyyer et al. 2015, word
-    dropout)."""
-    def some(ids):
-        return [hidden_id if drop else i for i, drop in zip(ids, (torch.rand(len(ids)) < share).tolist())]
-
-    return [Pair(*map(some, row)) for row in rows] if share else rows
-
-
-def pair_objective(model, rows, pad_id, config):
-    """Return a reward model's loss () on B Pairs in training: Bradley-Terry's, and what --token_dropout, --cross and
-    --lm_weight make of it.
-
-    With --cross each chosen answer is to beat the rejected ones of all B pairs: B^2 comparisons instead of B. With
-    --lm_weight both answers are also to be predicted, the hidden tokens too, as in Radford et al. 2018, equation 5."""
-    ids, part = lay_out(rows, pad_id)
-    shown = lay_out(hide(rows, config.token_dropout, pad_id), pad_id)[0] if config.token_dropout else ids
-    pairs = pair_states(model.gpt, shown, part)._replace(ids=ids.to(model.gpt.device))
-    logprobs = answer_logprobs(model.gpt, pairs) if config.lm_weight else None
-    chosen, rejected = state_scores(model, pairs, logprobs)
-    loss = reward_loss(chosen, rejected)
-    if config.cross:
-        loss = (1 - config.cross) * loss + config.cross * reward_loss(chosen[:, None], rejected)
-    if config.lm_weight:
-        lengths = torch.tensor([[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]])
-        loss = loss - config.lm_weight * (torch.stack(logprobs) / lengths.to(loss.device)).mean()
-    return loss
-
-
-def in_pieces(rows, count):
-    """Yield (some of the Pairs, their share of all) in `count` pieces of similar length."""
-    for some in pieces(torch.tensor([row.length for row in rows]), count):
-        yield [rows[i] for i in some.tolist()], len(some) / len(rows)
-
-
 @torch.no_grad()
-def margins_by(scores, rows):
-    """Return the margins (N,), chosen minus rejected, of Pairs, on the CPU; `scores` maps B Pairs to ((B,), (B,))."""
-    margins = torch.empty(len(rows))
-    for some in pieces(torch.tensor([row.length for row in rows]), math.ceil(len(rows) / 32)):
-        chosen, rejected = scores([rows[i] for i in some.tolist()])
-        margins[some] = (chosen - rejected).cpu()
-    return margins
-
-
-def score_pairs(model, rows, pad_id):
-    """Return the margins (N,) of Pairs by a reward model."""
-    return margins_by(lambda some: pair_scores(model, some, pad_id), rows)
-
-
-def train_reward(config):
-    """Train a reward model on --data as `config` says and return the summary."""
-    config, context, model, tokenizer, template, parts = open_setting(config, "reward")
-    report_pairs(parts)
-    unseen = {"prompt": ""} if config.blind else {}
-    asked = [[{key: pair[key] for key in Pair._fields} | unseen for pair in part] for part in parts]  # by a reward
-    train_rows, val_rows, test_rows = (encode_pairs(part, tokenizer, template, model.config.context_length)
-                                       for part in asked)
-    if config.blind or config.init == "scratch":  # normalised on the validation answers: scratch writes none yet
-        samples = answers_of(val_rows, tokenizer.eot_id, model.device)
-    else:
-        samples = start_samples(model, parts[1], tokenizer, template, config)
-    model = RewardModel(model, config.head).to(model.device).train()
-    run = Run(config, "reward")
-    if summary := run.finished():
-        return summary
-    per_epoch = math.ceil(len(train_rows) / config.batch_size)
-    run.start(model, make_optimizers(model, config), total_steps(config, per_epoch), fingerprint(parts, config.init))
-    compile_blocks(model, config)
-    for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
-        order = epoch_order(len(train_rows), config.seed, epoch).tolist()
-        for batch in run.batches(order, config.batch_size):  # 2. each batch
-            model.zero_grad(set_to_none=True)  # 3. clear gradients
-            batch_loss, tokens = 0.0, 0
-            for rows, share in in_pieces([train_rows[i] for i in batch], config.accumulate):
-                with context:
-                    loss = pair_objective(model, rows, tokenizer.eot_id, config)
-                loss = loss * share  # 4. loss
-                loss.backward()  # 5. backward
-                batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
-            norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
-            run.report(batch_loss, norm, rate, tokens)  # 7. report
-            if run.due(config.eval_every):  # 8. evaluate, sample, save
-                evaluate_reward(run, model, val_rows, samples, tokenizer, template)
-            run.end_step()
-    return finish_reward(run, parts, test_rows)
-
-
-def start_samples(model, pairs, tokenizer, template, config):
-    """Return [(ids, mask, R)] of the starting policy's own responses, by which a reward model is normalised."""
-    prompts = make_prompts(pairs, tokenizer, template, config, model)[: config.eval_prompts]
-    generator = torch.Generator(model.device).manual_seed(config.seed)
-    ids, mask, response_mask, _ = sample_responses(model, [prompt.ids for prompt in prompts], tokenizer,
-                                                   config.response_length, config.temperature, generator=generator)
-    return [(*some, response_mask.shape[1]) for some in zip(ids.split(32), mask.split(32))]
-
-
-def answers_of(rows, pad_id, device):
-    """Return [(ids, mask, R)] of both answers of Pairs, in the form of `start_samples`."""
-    answers = [(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)]
-    return [pack(*zip(*answers[i : i + 32]), pad_id, device) for i in range(0, len(answers), 32)]
-
-
-@torch.no_grad()
-def evaluate_reward(run, model, rows, samples, tokenizer, template):
-    """Evaluate on the validation pairs, keep the model, normalised, if it is the best so far, log and draw it all."""
-    model.eval()
-    margins = score_pairs(model, rows, tokenizer.eot_id)
-    loss, accuracy = -F.logsigmoid(margins).mean().item(), correct(margins).mean().item()
-    better = run.count_evaluation(loss)
-    run.log(val_loss=loss, val_accuracy=accuracy, val_margin=margins.mean().item())
-    if better:
-        with merged(run, model):
-            model.normalise(torch.cat([model(*some).float() for some in samples]))
-            save_reward_model(run.folder / "model.safetensors", model, tokenizer, stage="reward", step=run.step,
-                              template=template, blind=run.config.blind, val_loss=loss, data_sha256=run.data_sha256)
-        model.undo_normalise()
-    print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {accuracy:.1%}"
-          + ("  best" if better else ""), file=sys.stderr)
-    keys = {"loss": "loss", "validation loss": "val_loss", "validation accuracy": "val_accuracy"}
-    draw_curves(run.folder / "curves.svg", "Reward model", run.curves(keys), y_label="loss, nats a pair; accuracy")
-    model.train()
-
-
-def calibration(margins, bins=10):
-    """Return the expected calibration error of sigmoid(margin) as the probability that an answer is the better one.
-
-    Both orders of a pair count, or the first would always be right. Source: Guo et al. 2017, equation 3."""
-    said = torch.sigmoid(torch.cat([margins, -margins]))
-    miss = said - torch.cat([torch.ones_like(margins), torch.zeros_like(margins)])
-    place = (said * bins).long().clamp(max=bins - 1)
-    return sum(abs(miss[place == b].sum().item()) for b in range(bins)) / len(said)
-
-
-def finish_reward(run, parts, rows):
-    """Return the summary of a reward model on the test pairs, beside going by length and naive Bayes on words."""
-    model, tokenizer, _ = load_reward_model(run.folder / "model.safetensors", run.model.gpt.device)
-    margins = score_pairs(model, rows, tokenizer.eot_id) / model.gain.item()
-    hits, bayes = correct(margins), correct(pair_margins(parts[2], naive_bayes(parts[0])))
-    longer = [correct(pair_margins(part, len)).mean().item() for part in (parts[0], parts[2])]
-    length = longer[1] if longer[0] >= 0.5 else 1 - longer[1]  # prefer the long or the short, as in training
-    gold = [rubric(gold_score, [p["prompt"] for p in parts[2]], [p[side] for p in parts[2]])
-            for side in ("chosen", "rejected")]
-    truth = hits[truth_decides(parts[2])] if gold[0] is not None else hits[:0]
-    lead, (low, high) = (hits - bayes).mean().item(), wilson(hits.sum().item(), len(hits))
-    summary = run.finish(
-        accuracy=hits.mean().item(), accuracy_interval=(low, high), length_baseline_accuracy=length,
-        accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
-        accuracy_truth=truth.mean().item() if len(truth) else None, truth_pairs=len(truth),
-        naive_bayes_accuracy=bayes.mean().item(), ahead_of_naive_bayes=lead,
-        ahead_interval=(lead - half_width(hits - bayes), lead + half_width(hits - bayes)),
-        margin=margins.mean().item(), val_loss=run.best_value, test_loss=-F.logsigmoid(margins).mean().item(),
-        calibration_error=calibration(margins), test_pairs=len(hits))
-    where = "" if not len(truth) else f", {truth.mean():.1%} of the {len(truth)} where only truth decides"
-    print(f"reward model: accuracy {hits.mean():.1%} ({low:.1%} to {high:.1%}) on {len(hits):,} held-out pairs{where}; "
-          f"going by length {length:.1%}, naive Bayes {bayes.mean():.1%} (ahead by {lead:.1%} "
-          f"+-{half_width(hits - bayes):.1%}); margin {margins.mean():.2f}, calibration error "
-          f"{summary['calibration_error']:.3f}; {summary['seconds']:.0f} s; {run.folder}/model.safetensors")
-    return summary
-
-
-def advantages_and_returns(episodes, kl_coef, config, stage):
-    """Return (advantages, returns), (B, R) each, that the responses are to be learnt from; GRPO has no returns."""
-    mask = episodes.response_mask
-    scores = episodes.scores - config.no_stop_penalty * (~episodes.stopped)
-    if stage == "grpo":
-        return group_advantages(scores, config.group)[:, None] * mask, None
-    rewards = token_rewards(scores, episodes.logprobs, episodes.ref_logprobs, mask, kl_coef)
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, episodes.values, mask, config.gamma, config.lam)
-    return whiten(advantages, mask), returns
-
-
-def policy_objective(policy, episodes, rows, advantages, returns, kl_coef, config):
-    """Return (loss, metrics) of some responses: the clipped policy loss, with PPO's value loss or GRPO's KL.
-
-    GRPO's KL is k2 = (log policy - log reference)^2 / 2, whose gradient is the KL's; that of k3, which its paper has,
-    is not (Liu et al. 2025, arXiv 2510.01555)."""
-    ids, mask, R = cut(episodes.ids, episodes.mask, episodes.response_mask, rows)
-    logits, values = policy(ids, mask, R)
-    new, _, _ = token_scores(logits, ids[:, -R:], config.temperature)
-    here = {name: getattr(episodes, name)[rows, :R] for name in ("logprobs", "ref_logprobs", "values", "response_mask")}
-    weight = here["response_mask"]
-    loss, metrics = ppo_policy_loss(new, here["logprobs"], advantages[rows, :R], weight, config.clip_ratio)
-    metrics["loss/policy"] = loss.item()
-    if returns is None:
-        return loss + kl_coef * masked_mean(0.5 * (new - here["ref_logprobs"]) ** 2, weight), metrics
-    value_loss = ppo_value_loss(full_precision(values), here["values"], returns[rows, :R], weight, config.clip_value)
-    metrics["loss/value"] = value_loss.item()
-    return loss + config.vf_coef * value_loss, metrics
-
-
-def inner_batches(n, config):
-    """Yield the rows of each update on n responses: --ppo_epochs times all of them, in --minibatches random parts."""
-    for _ in range(config.ppo_epochs):
-        for rows in torch.randperm(n).chunk(config.minibatches):
-            yield rows.sort().values  # ordered as when they were scored, so that the first ratios are 1 to the bit
-
-
-def writing_loss(model, prompts):
-    """Return the summed loss () in nats of writing the preferred answers of some Prompts.
-
-    Added to the policy's loss it is PPO-ptx, by which InstructGPT kept what it could do before (Ouyang et al. 2022,
-    equation 2); there with pretraining text, here with answers to the same prompts that somebody preferred."""
-    ids, mask, R = pack([prompt.ids for prompt in prompts], [prompt.preferred for prompt in prompts], 0, model.device)
-    return -summed_logprobs(model, response_states(model, ids, mask, R), ids[:, -R:], mask[:, -R:]).sum()
-
-
-def keep_skills(model, prompts, config, context):
-    """Return ptx_coef times the mean loss in nats a token of writing preferred answers, after its backward pass."""
-    lengths = torch.tensor([len(prompt.ids) + len(prompt.preferred) for prompt in prompts])
-    tokens, total = sum(len(prompt.preferred) for prompt in prompts), 0.0
-    for some in pieces(lengths, config.accumulate):
-        with context:
-            loss = writing_loss(model, [prompts[i] for i in some.tolist()])
-        loss = config.ptx_coef / tokens * loss  # 4. loss
-        loss.backward()  # 5. backward
-        total += loss.item()
-    return total
-
-
-def improve(policy, episodes, advantages, returns, kl_coef, config, apply, context=contextlib.nullcontext(),
-            prompts=()):
-    """Return (loss, metrics, gradient norm, rate) after learning from a batch of responses; means over its updates.
-
-    `apply(loss) -> (norm, rate)` clips the gradients and updates the weights, as Run.apply does. With --ptx_coef
-    every update also learns to write the preferred answers to `prompts`. Ends early where the policy is further than
-    --max_approxkl from the one that sampled."""
-    policy.eval()
-    done = []
-    for rows in inner_batches(len(episodes.ids), config):
-        policy.zero_grad(set_to_none=True)  # 3. clear gradients
-        batch_loss, metrics = 0.0, Counter()
-        tokens = episodes.response_mask[rows].sum()
-        for some in pieces(episodes.mask[rows].sum(1).cpu(), config.accumulate):
-            share = (episodes.response_mask[rows[some]].sum() / tokens).item()
-            with context:
-                loss, found = policy_objective(policy, episodes, rows[some], advantages, returns, kl_coef, config)
-            loss = loss * share  # 4. loss
-            loss.backward()  # 5. backward
-            batch_loss += loss.item()
-            metrics.update({key: value * share for key, value in found.items()})
-        if config.ptx_coef and prompts:
-            metrics["loss/ptx"] = keep_skills(policy.gpt, prompts, config, context)
-            batch_loss += metrics["loss/ptx"]
-        if not done and abs(metrics["val/ratio"] - 1) > 0.05:
-            raise ValueError(f"the first ratio of new to old probability is {metrics['val/ratio']:.3f}, not 1: sampling"
-                             " and learning do not see the same model; --dtype float32 may help")
-        if done and config.max_approxkl and metrics["policy/approxkl"] > config.max_approxkl:
-            break
-        done.append((batch_loss, metrics, *apply(batch_loss)))  # 6. clip, set the rate, update
-    means = {key: statistics.mean(metrics[key] for _, metrics, _, _ in done) for key in done[0][1]}
-    return statistics.mean(loss for loss, *_ in done), means, *done[-1][2:]
-
-
-def episode_metrics(episodes, returns, kl_coef):
-    """Return the figures of a batch of responses under the names that practitioners know; KL and entropy a response."""
-    mask, k1 = episodes.response_mask, (episodes.logprobs - episodes.ref_logprobs).sum(1)
-    figures = {"objective/scores": episodes.scores.mean(), "objective/scores_std": episodes.scores.std(correction=0),
-               "objective/kl": k1.mean(), "objective/kl_exact": episodes.kl.mean(), "objective/kl_coef": kl_coef,
-               "objective/entropy": episodes.entropy.sum(1).mean(), "objective/non_score_reward": -kl_coef * k1.mean(),
-               "objective/rlhf_reward": (episodes.scores - kl_coef * k1).mean(),
-               "response_length": mask.sum(1).mean(), "val/stopped": episodes.stopped.float().mean()}
-    if returns is not None:
-        error = masked_mean((returns - episodes.values) ** 2, mask)
-        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-        figures["val/explained_variance"] = 1 - error / (spread + 1e-8)
-    return {key: float(value) for key, value in figures.items()}
-
-
-def report_policy(run, episodes, loss, norm, rate, metrics):
-    """Log a step, with a line about it now and then."""
-    run.kept["episodes"] = run.kept.get("episodes", 0) + len(episodes.texts)
-    metrics |= {"eps": len(episodes.texts) / (time.monotonic() - run.step_clock), "lr": rate}
-    run.log(episode=run.kept["episodes"], **metrics)
-    run.report(loss, norm, rate, int(episodes.mask.sum()))
-    if run.step % run.config.log_every == 0 or run.step == run.total:
-        print(f"  score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}  entropy "
-              f"{metrics['objective/entropy']:.2f}  clipfrac {metrics['policy/clipfrac']:.3f}  length "
-              f"{metrics['response_length']:.1f}  {metrics['eps']:.0f} episodes/s", file=sys.stderr)
-
-
-PANELS = {  # file: (what its numbers are, which figures of a step it draws); unlike sizes do not share one
-    "objective": ("score; nats a response", ("objective/scores", "objective/kl", "objective/entropy")),
-    "policy": ("share; nats a token", ("policy/clipfrac", "policy/approxkl")),
-    "critic": ("share of the variance", ("val/explained_variance",)),
-    "length": ("tokens", ("response_length",)),
-    "speed": ("episodes a second", ("eps",)),
-}
-
-
-def draw_panel(run, name, curves, label):
-    """Draw `Run.curves` of the steps into the run's folder, where there are any yet."""
-    if any(curves.values()):
-        draw_curves(run.folder / f"{name}.svg", f"{run.stage.upper()}, {name}", curves, y_label=label)
-
-
-def adapt(run, kl, episodes):
-    """Adapt the KL coefficient, and end the run where the policy has gone too far."""
-    config = run.config
-    if config.kl_target:
-        run.kept["kl_coef"] = kl_controller(run.kept["kl_coef"], kl, config.kl_target, episodes, config.kl_horizon)
-    if config.max_kl and kl > config.max_kl:
-        print(f"KL {kl:.2f} nats a response is above --max_kl {config.max_kl:g}: stopping early", file=sys.stderr)
-        run.total, run.kept["ended"] = run.step, True
-
-
-def train_policy(config, stage):
-    """Train a policy against a reward, by PPO or GRPO as `stage` says, and return the summary."""
-    config, context, model, tokenizer, template, parts = open_setting(config, stage)
-    prompts, val_prompts, test_prompts = (make_prompts(part, tokenizer, template, config, model) for part in parts)
-    reward, start = load_reward(config.reward, model.device), start_of(model)
-    policy = Policy(model).to(model.device).eval()  # dropout is off throughout, see `play`
-    policy.value_head.requires_grad_(stage == "ppo")
-    group = config.group if stage == "grpo" else 1
-    if config.batch_size % group:
-        raise argparse.ArgumentError(None, f"--batch_size {config.batch_size} must be a multiple of --group {group}")
-    run = Run(config, stage)
-    if summary := run.finished():
-        return summary
-    per_batch = config.batch_size // group
-    per_epoch = math.ceil(len(prompts) / per_batch)
-    run.start(policy, make_optimizers(policy, config), total_steps(config, per_epoch),
-              fingerprint(prompts, config.init, config.reward))
-    compile_blocks(policy, config)
-    evaluate_now = functools.partial(evaluate_policy, run, policy, start, val_prompts[: config.eval_prompts], reward,
-                                     tokenizer, template)
-    if run.step == 0:
-        run.kept["kl_coef"] = config.kl_coef
-        evaluate_now()
-    for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
-        order = epoch_order(len(prompts), config.seed, epoch).tolist()
-        for batch in run.batches(order, per_batch):  # 2. each batch; `improve` has steps 3 to 6
-            kl_coef = run.kept["kl_coef"]
-            with context:
-                episodes = play(policy, start, [prompts[i] for i in batch], reward, tokenizer, config, group)
-            advantages, returns = advantages_and_returns(episodes, kl_coef, config, stage)
-            loss, metrics, norm, rate = improve(policy, episodes, advantages, returns, kl_coef, config, run.apply,
-                                                context, [prompts[i] for i in batch])
-            run.advance(loss, int(episodes.mask.sum()))
-            metrics |= episode_metrics(episodes, returns, kl_coef)
-            report_policy(run, episodes, loss, norm, rate, metrics)  # 7. report
-            adapt(run, metrics["objective/kl"], len(episodes.texts))
-            if run.due(config.eval_every):  # 8. evaluate, sample, save
-                evaluate_now()
-            run.end_step()
-    return finish_policy(run, start, test_prompts, reward, tokenizer)
-
-
-def pair_logprobs(model, rows, pad_id):
-    """Return (chosen, rejected), (B,) each: the summed log-probabilities of both answers of B Pairs."""
-    return answer_logprobs(model, pair_states(model, *lay_out(rows, pad_id)))
-
-
-def pair_loss(model, start, rows, pad_id, config, compared=True):
-    """Return (loss, metrics) of B Pairs: DPO's, or with --loss sft that of writing the chosen answers.
-
-    The metrics compare with the start; --loss sft needs it for nothing else, and does without if not `compared`."""
-    chosen, rejected = pair_logprobs(model, rows, pad_id)
-    if config.loss == "sft" and not compared:
-        return -chosen.mean(), {}
-    with torch.no_grad(), start() as reference:
-        ref_chosen, ref_rejected = pair_logprobs(reference, rows, pad_id)
-    if config.loss == "dpo":
-        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing)
-    else:
-        loss = -chosen.mean()
-    gained, lost = (config.beta * (x - ref).detach() for x, ref in ((chosen, ref_chosen), (rejected, ref_rejected)))
-    metrics = {"rewards/chosen": gained, "rewards/rejected": lost, "rewards/margins": gained - lost,
-               "rewards/accuracies": correct(gained - lost), "logps/chosen": chosen, "logps/rejected": rejected}
-    return loss, {key: value.mean().item() for key, value in metrics.items()}
-
-
-def train_dpo(config):
-    """Train a policy on pairs directly, without reward model or sampling, and return the summary."""
-    config, context, model, tokenizer, template, parts = open_setting(config, "dpo")
-    report_pairs(parts)
-    train_rows, val_rows, test_rows = (encode_pairs(part, tokenizer, template, model.config.context_length)
-                                       for part in parts)
-    test_prompts, reward = make_prompts(parts[2], tokenizer, template, config, model), reward_if_any(config, model)
-    start = start_of(model)
-    model.eval()  # dropout off, so that the loss starts at ln 2
-    run = Run(config, "dpo")
-    if summary := run.finished():
-        return summary
-    per_epoch = math.ceil(len(train_rows) / config.batch_size)
-    run.start(model, make_optimizers(model, config), total_steps(config, per_epoch), fingerprint(parts, config.init))
-    compile_blocks(model, config)
-    for epoch in range(run.step // per_epoch, math.ceil(run.total / per_epoch)):  # 1. each epoch
-        order = epoch_order(len(train_rows), config.seed, epoch).tolist()
-        for batch in run.batches(order, config.batch_size):  # 2. each batch
-            model.zero_grad(set_to_none=True)  # 3. clear gradients
-            batch_loss, tokens, metrics = 0.0, 0, Counter()
-            for rows, share in in_pieces([train_rows[i] for i in batch], config.accumulate):
-                with context:
-                    loss, found = pair_loss(model, start, rows, tokenizer.eot_id, config, compared=False)
-                loss = loss * share  # 4. loss
-                loss.backward()  # 5. backward
-                batch_loss, tokens = batch_loss + loss.item(), tokens + sum(row.length for row in rows)
-                metrics.update({key: value * share for key, value in found.items()})
-            norm, rate = run.update(batch_loss, tokens)  # 6. clip, set the rate, update
-            if metrics:
-                run.log(**metrics)
-            run.report(batch_loss, norm, rate, tokens)  # 7. report
-            if run.due(config.eval_every):  # 8. evaluate, sample, save
-                evaluate_pairs(run, model, start, val_rows, tokenizer, template)
-            run.end_step()
-    return finish_policy(run, start, test_prompts, reward, tokenizer, test_rows)
-
-
-@torch.no_grad()
-def evaluate_pairs(run, model, start, rows, tokenizer, template):
-    """Evaluate on the validation pairs, keep the weights if they are the best so far, log and draw it all."""
-    loss, sums = 0.0, Counter()
-    for some, share in in_pieces(rows, math.ceil(len(rows) / 32)):
-        value, metrics = pair_loss(model, start, some, tokenizer.eot_id, run.config)
-        loss += value.item() * share
-        sums.update({key: value * share for key, value in metrics.items()})
-    better = run.count_evaluation(loss)
-    run.log(val_loss=loss, **{f"val_{key}": value for key, value in sums.items()})
-    if better:
-        save_policy(run, model, tokenizer, template, val_loss=loss)
-    print(f"step {run.step}/{run.total}  validation loss {loss:.4f}  accuracy {sums['rewards/accuracies']:.1%}  margin "
-          f"{sums['rewards/margins']:.3f}" + ("  best" if better else ""), file=sys.stderr)
-    curves = run.curves({"train": "loss", "validation": "val_loss"})
-    draw_curves(run.folder / "curves.svg", run.config.loss.upper(), curves, y_label="loss, nats a pair")
-    keys = {"chosen": "val_rewards/chosen", "rejected": "val_rewards/rejected", "margin": "val_rewards/margins"}
-    draw_panel(run, "margins", run.curves(keys), "beta log(policy / start)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: what a policy does on prompts that nobody trained on
-
-
-@torch.no_grad()
-def assess(model, start, prompts, reward, tokenizer, config, best_of=1):
+def assess(model, reference, prompts, reward, tokenizer, config):
     """Return what a model does on prompts, a dict: responses, and per prompt (N,) gold, reward, kl, exact and length.
-
-    Responses are sampled as in training, for every model from the same random numbers; `exact` alone is greedy. With
-    `best_of` the one with the highest reward of so many counts, and kl is log n - (n - 1) / n: that of the best of n
-    where no two score the same, else a bound (Stiennon et al. 2020, appendix G.3)."""
-    policy, generator = Policy(model).to(model.device), torch.Generator(model.device).manual_seed(config.seed)
-    texts, greedy, numbers = [""] * len(prompts), [""] * len(prompts), torch.zeros(len(prompts), 3)
-    for some in pieces(torch.tensor([len(prompt.ids) for prompt in prompts]), math.ceil(len(prompts) / 128)):
-        ids = [prompts[i].ids for i in some]
-        sampled, mask, response_mask, found = sample_responses(model, ids, tokenizer, config.response_length,
-                                                               config.temperature, best_of, generator)
-        asked = [prompts[i].text for i in some for _ in range(best_of)]
-        scores = call_reward(reward, asked, found) if reward else torch.zeros(len(found))
-        best = scores.view(-1, best_of).argmax(1) + torch.arange(len(some)) * best_of
-        kl = torch.full((len(found),), math.log(best_of) - (best_of - 1) / best_of)
-        if best_of == 1:
-            kl = compare_with_start(policy, start, sampled, mask, response_mask, config)[2].sum(1).cpu()
-        numbers[some] = torch.stack([scores, kl, response_mask.sum(1).cpu()], dim=1)[best]
-        *_, plain = sample_responses(model, ids, tokenizer, config.response_length, 0)
-        for place, i in enumerate(some):
-            texts[i], greedy[i] = found[best[place]], plain[place]
-    asked = [prompt.text for prompt in prompts]
-    return {"responses": texts, "gold": rubric(gold_score, asked, texts), "reward": numbers[:, 0] if reward else None,
-            "kl": numbers[:, 1], "exact": rubric(is_right, asked, greedy), "length": numbers[:, 2]}
+    They are sampled as in training, for every model from the same random numbers; `exact` alone is greedy."""
+    policy, generator = Policy(model), torch.Generator(model.device).manual_seed(config.seed)
+    asked, texts, greedy, numbers = [row.text["prompt"] for row in prompts], [], [], []
+    for first in range(0, len(prompts), 128):
+        ids = [row.prompt for row in prompts[first : first + 128]]
+        rollout, sampled = sample_responses(model, ids, tokenizer, config.response_length, config.temperature,
+                                            generator=generator)
+        score_tokens(policy, reference, rollout, config)
+        numbers.append(torch.stack([rollout.kl.sum(1), rollout.response_mask.sum(1)]).cpu())
+        texts += sampled
+        greedy += sample_responses(model, ids, tokenizer, config.response_length, 0)[1]
+    exact = rubric(lambda prompt, response: exact_match(response, answer(prompt)), asked, greedy)
+    kl, length = torch.cat(numbers, dim=1)
+    return {"responses": texts, "gold": rubric(gold_score, asked, texts), "kl": kl, "exact": exact, "length": length,
+            "reward": call_reward(reward, asked, texts) if reward else None}
 
 
-def save_policy(run, model, tokenizer, template, **made):
-    """Write model.safetensors, and adapter/ where there are adapters."""
-    with merged(run, model):
-        gpt.save_checkpoint(run.folder / "model.safetensors", model, tokenizer, stage=run.stage, step=run.step,
-                            template=template, data_sha256=run.data_sha256, **made)
-
-
-def evaluate_policy(run, policy, start, prompts, reward, tokenizer, template):
-    """Evaluate on validation prompts, keep the weights if reward - kl_coef x KL is the best so far, log, sample, draw.
-
-    Raises ValueError where all rewards are equal before the first step."""
-    found = assess(policy.gpt, start, prompts, reward, tokenizer, run.config)
-    if run.step == 0 and len(prompts) > 1 and float(found["reward"].std()) == 0:
-        raise ValueError(f"all {len(prompts)} rewards are {found['reward'][0].item():g} before the first step: nothing "
-                         "can be learnt from them; look at --reward")
-    figures = {f"val_{key}": found[key].mean().item() for key in ("reward", "kl", "gold") if found[key] is not None}
-    better = run.count_evaluation(run.config.kl_coef * figures["val_kl"] - figures["val_reward"])
-    line = "  ".join(f"{key} {value:.3f}" for key, value in figures.items()) + ("  best" if better else "")
-    shown = [(run.step + number * 37) % len(prompts) for number in range(min(3, len(prompts)))]
-    samples = [f"{prompts[i].text}  ->  {found['responses'][i]}".replace("\n", " / ") for i in shown]
-    run.log(**figures, samples=f"--- step {run.step}  {line}\n" + "".join(
-        f"{sample}  ({found['reward'][i]:.2f})\n" for i, sample in zip(shown, samples)))
-    if better:
-        save_policy(run, policy.gpt, tokenizer, template, **figures)
-    print("\n  ".join([f"step {run.step}/{run.total}  {line}", *samples]), file=sys.stderr)
-    run.write_samples(text for _, text in run.metrics("samples"))
-    keys = {"reward": "val_reward", "KL to the start": "val_kl", "gold score": "val_gold"}
-    draw_curves(run.folder / "curves.svg", f"{run.stage.upper()}, validation prompts",
-                run.curves(keys), y_label="score; nats a response")
-    steps = run.curves({key: key for _, keys in PANELS.values() for key in keys})
-    for name, (label, keys) in PANELS.items():
-        draw_panel(run, name, {key: steps[key] for key in keys}, label)
-
-
-def implied_margins(model, start, rows, pad_id):
-    """Return the margins (N,) of Pairs by DPO's implicit reward, log(policy / start)."""
-    def gains(some):
-        with start() as reference:
-            before = pair_logprobs(reference, some, pad_id)
-        return torch.stack(pair_logprobs(model, some, pad_id)) - torch.stack(before)
-
-    return margins_by(gains, rows)
-
-
-def finish_policy(run, start, prompts, reward, tokenizer, rows=()):
-    """Return the summary of a policy: its best weights beside its start, on test prompts, and on Pairs of them whether
-    it prefers the chosen answers more than its start did."""
-    prompts = prompts[: run.config.test_prompts or None]
-    model = gpt.load_checkpoint(run.folder / "model.safetensors", run.device)[0]
-    with start() as reference:
-        before = assess(reference, start, prompts, reward, tokenizer, run.config)
-    after = assess(model, start, prompts, reward, tokenizer, run.config)
-    mean = lambda found, key: None if found[key] is None else found[key].mean().item()  # noqa: E731
-    figures = {f"{name}_{when}": mean(found, key)
-               for name, key in (("gold", "gold"), ("reward", "reward"), ("exact_match", "exact"), ("length", "length"))
-               for when, found in (("before", before), ("after", after))}
-    if rows:
-        hits = correct(implied_margins(model, start, rows, tokenizer.eot_id))
-        figures |= {"pair_accuracy": hits.mean().item(), "pair_accuracy_interval": wilson(hits.sum().item(), len(hits))}
-    episodes = run.kept.get("episodes", 0)
-    summary = run.finish(**figures, gold_std_before=None if before["gold"] is None else before["gold"].std().item(),
-                         kl=mean(after, "kl"), test_prompts=len(prompts), episodes=episodes,
-                         episodes_per_second=episodes / max(run.train_seconds, 1e-9))
-    print_table({"start": before, run.stage: after}, before)
-    if rows:
-        low, high = figures["pair_accuracy_interval"]
-        print(f"prefers the chosen answer more than the start did in {figures['pair_accuracy']:.1%} ({low:.1%} to "
-              f"{high:.1%}) of {len(rows):,} held-out pairs")
-    print(f"{summary['seconds']:.0f} s; {run.folder}/model.safetensors")
+def finish_policy(folder, stage, trained, reference, prompts, reward, tokenizer, progress, config, mark):
+    """Return the summary of a policy: its best weights beside its start, on test prompts."""
+    prompts = prompts[: config.test_prompts or None]
+    with reference() as start:
+        before = assess(start, reference, prompts, reward, tokenizer, config)
+    best, _, _ = gpt.load_checkpoint(folder / "model.safetensors", pick_device(config.device))
+    after = assess(best, reference, prompts, reward, tokenizer, config)
+    rows, figures = print_table({"start": before, stage: after}), {}
+    for name, key in (("gold", "gold"), ("reward", "reward"), ("exact_match", "exact"), ("length", "length")):
+        for when, row in (("before", "start"), ("after", stage)):
+            figures[f"{name}_{when}"] = rows[row].get(key, [None])[0]
+    seconds = [row[2] for row in progress.extra["recent"]]
+    summary = write_summary(
+        folder, config, stage, progress, trained, mark, **figures, kl=after["kl"].mean().item(),
+        gold_std_before=None if before["gold"] is None else before["gold"].std(correction=0).item(),
+        test_prompts=len(prompts), episodes=progress.extra.get("episodes", 0),
+        episodes_per_second=config.batch_size * len(seconds) / sum(seconds))
+    print(f"{summary['seconds']:.0f} s; {folder}/model.safetensors")
     return summary
 
 
-def half_width(values):
-    """Return half the width of the 95% interval of the mean of values (N,)."""
-    return Z * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-
-
-def distinct(texts, n=2):
-    """Return the share of different ones among the runs of n words (Li et al. 2016): low where all sounds alike."""
-    runs = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(runs)) / max(1, len(runs))
-
-
-def figures_of(found, opponent):
-    """Return {column: (mean, half of its 95% interval)} of what `assess` found, and of its wins over an opponent's."""
-    columns = {key: found[key] for key in ("gold", "reward", "kl", "exact", "length") if found.get(key) is not None}
-    judge = "gold" if "gold" in columns else "reward"
-    if found is not opponent and judge in columns:
-        columns["wins"] = correct(found[judge] - opponent[judge])
-    return {name: (values.mean().item(), half_width(values)) for name, values in columns.items()}
-
-
-COLUMNS = {"gold": "gold score", "reward": "reward", "kl": "KL, nats", "exact": "exact match", "length": "tokens",
-           "wins": "wins", "judge": "judged wins"}
-
-
-def print_table(found, opponent, judged=()):
-    """Return {name: figures} of each {name: what `assess` found} after printing them with intervals, a line each.
-
-    "wins" counts responses better than the opponent's, by gold score where there is one, else by reward."""
-    rows = {name: figures_of(one, opponent) for name, one in found.items()}
-    for name, share in dict(judged).items():
-        rows[name]["judge"] = share
-    there = [key for key in COLUMNS if any(key in figures for figures in rows.values())]
-    width = max(map(len, rows)) + 2
-    print(f"{'':{width}}" + "".join(f"{COLUMNS[key]:>16}" for key in there) + f"{'distinct-2':>12}")
-    for name, figures in rows.items():
-        cells = []
-        for key in there:
-            mean, half = figures.get(key, (0, 0))
-            share = key in ("exact", "wins", "judge")
-            cell = f"{mean:.1%} +-{half * 100:.1f}" if share else f"{mean:.2f} +-{half:.2f}"
-            cells.append(cell if key in figures else "")
-        print(f"{name:{width}}" + "".join(f"{cell:>16}" for cell in cells)
-              + f"{distinct(found[name]['responses']):>12.3f}")
+def print_table(found):
+    """Return {name: {column: (mean, half of its 95% interval)}} of {name: what `assess` found} after printing it. A
+    response wins over the one in the first line by gold score where there is one, else by reward."""
+    start, rows, columns = next(iter(found.values())), {}, ("gold", "reward", "kl", "exact", "length", "wins")
+    judge, width = "reward" if start["gold"] is None else "gold", max(map(len, found))
+    print(" " * width + "".join(f"{key:>17}" for key in columns))
+    for name, one in found.items():
+        row = rows[name] = {}
+        wins = None if one is start or start[judge] is None else correct(one[judge] - start[judge])
+        for key, values in zip(columns, (*map(one.get, columns[:-1]), wins)):
+            if values is not None:  # of a single value there is no interval: null in the file
+                half = Z * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+                row[key] = (values.mean().item(), half)
+        cells = ("{:.3f} +-{:.3f}".format(*row[key]) if key in row else "" for key in columns)
+        print(f"{name:{width}}" + "".join(f"{cell:>17}" for cell in cells))
     return rows
-
-
-def open_policy(path, device):
-    """Return (model, tokenizer, template) of a model file that writes text, or of a GPT-2 name."""
-    model, tokenizer = gpt.load_for_cli(path, device)
-    made = {} if path in gpt.GPT_CONFIGS else json.loads(gpt.read_safetensors(path)[1]["made"])
-    return model, tokenizer, made.get("template", "plain")
-
-
-def reward_if_any(config, model):
-    """Return the reward function of --reward, or None where it is a file that does not exist."""
-    there = not config.reward.endswith(".safetensors") or Path(config.reward).is_file()
-    return load_reward(config.reward, model.device) if there else None
-
-
-def judged_wins(judge, prompts, ours, theirs):
-    """Return (share of wins by a judge that is asked in both orders, half of its interval); a tie is half a win."""
-    choices = [judge.prefer({"instruction": prompt.text, "reference": prompt.reference}, a, b)
-               for prompt, a, b in zip(prompts, ours, theirs)]
-    result = judged_share(choices, judge.unread)
-    if result["missing"]:
-        print("{missing} of the judge's replies are missing: lost or won, they would make it {bounds[0]:.1%} or "
-              "{bounds[1]:.1%}".format(**result), file=sys.stderr)
-    return result["mean"], (result["interval"][1] - result["interval"][0]) / 2
-
-
-def stored_opponent(config, prompts, reward):
-    """Return (up to --test_prompts that the file --against answers, its responses in the form of `assess`)."""
-    answers = {prompt_of(row): row["response"] for row in stored_responses(config.against)}
-    prompts = [prompt for prompt in prompts if prompt.text in answers][: config.test_prompts or None]
-    if not prompts:
-        raise ValueError(f"--against {config.against} answers none of the held-out prompts of {config.data}")
-    asked, texts = [prompt.text for prompt in prompts], [answers[prompt.text] for prompt in prompts]
-    return prompts, {"responses": texts, "gold": rubric(gold_score, asked, texts),
-                     "reward": call_reward(reward, asked, texts) if reward else None}
 
 
 def evaluate(config):
-    """Print one table of the start, the best of some of its responses, and each policy, on held-out prompts."""
-    device, files = pick_device(config.device), [file for file in config.checkpoint.split(",") if file]
-    files = files or [path for path in (f"out/{stage}/model.safetensors" for stage in ("ppo", "dpo", "grpo"))
-                      if Path(path).is_file()]
-    if not files:
-        raise FileNotFoundError("there is no policy in out/ to evaluate; make one with: python rlhf.py ppo")
-    model, tokenizer, template = open_policy(config.init, device)
-    template = template if config.template == "auto" else config.template
-    prompts = make_prompts(load_pairs(config)[2], tokenizer, template, config, model)
-    reward, start = reward_if_any(config, model), start_of(model)
-    prompts, opponent = (stored_opponent(config, prompts, reward) if config.against
-                         else (prompts[: config.test_prompts or None], None))
-    found = {"start": assess(model, start, prompts, reward, tokenizer, config)}
-    if config.best_of > 1 and reward:
-        found[f"best of {config.best_of}"] = assess(model, start, prompts, reward, tokenizer, config, config.best_of)
-    for path in files:
-        model, other, _ = open_policy(path, device)
-        if other.to_dict() != tokenizer.to_dict():
-            raise ValueError(f"{path} has another tokenizer than --init {config.init}: they cannot be compared")
-        name = Path(path).parent.name or path
-        found[path if name in found else name] = assess(model, start, prompts, reward, tokenizer, config)
-    opponent = opponent or found["start"]
-    judged, n = {}, config.judge_examples
+    """Print and write one table of the start and each policy on held-out prompts, and return its rows."""
     if config.judge:
-        judge = Judge(config.judge, config.judge_model, Path(files[0]).with_name("judge.jsonl"), config.judge_context)
-        judged = {name: judged_wins(judge, prompts[:n], one["responses"], opponent["responses"])
-                  for name, one in found.items() if one is not opponent}
-    rows = print_table(found, opponent, judged)
-    samples = [{"prompt": prompt.text, **{name: one["responses"][i] for name, one in found.items()}}
-               for i, prompt in enumerate(prompts[:20])]
-    path = Path(files[0]).with_name("evaluation.json")
-    write_json(path, {"prompts": len(prompts), "rows": rows, "samples": samples})
-    print(f"{len(prompts)} prompts, written to {path}", file=sys.stderr)
-    return rows
+        from finetune_sft import judge_preference, judged_share, open_judge
+        ask = open_judge(config.judge, config.judge_model)
+    model, tokenizer, template, parts = open_start(config, answers=False)
+    policies = {path: load_policy(path, tokenizer, model.device, config) for path in config.checkpoint.split(",")}
+    prompts = encode_prompts(parts[2], tokenizer, template, model, config)[: config.test_prompts or None]
+    reward, reference = load_reward(config.reward, model.device, required=False), reference_of(model)
+    found = {"start": assess(model, reference, prompts, reward, tokenizer, config)}
+    for path, policy in policies.items():
+        name = Path(path).parent.name or path
+        found[path if name in found else name] = assess(policy, reference, prompts, reward, tokenizer, config)
+    target = Path(next(iter(policies))).with_name("evaluation.json")
+    samples = [{"prompt": row.text["prompt"], **{name: one["responses"][i] for name, one in found.items()}}
+               for i, row in enumerate(prompts[:20])]
+    table = {"prompts": len(prompts), "rows": print_table(found), "samples": samples}
+    write_json(target, table)
+    for name in list(found)[1:] if config.judge else ():
+        compared = zip(prompts[: config.judge_examples], found[name]["responses"], found["start"]["responses"])
+        share = judged_share([judge_preference(ask, row.text["prompt"], row.text["chosen"], ours, theirs)
+                              for row, ours, theirs in compared])
+        table["rows"][name]["judge"] = share["mean"], (share["interval"][1] - share["interval"][0]) / 2
+        print("{} wins {mean:.1%} by the judge, {interval[0]:.1%} to {interval[1]:.1%}; {missing} replies are missing, "
+              "as losses or wins {bounds[0]:.1%} or {bounds[1]:.1%}".format(name, **share))
+        write_json(target, table)
+    print(f"{len(prompts)} prompts, written to {target}", file=sys.stderr)
+    return table["rows"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rating by a person, and everything in a row
-
-
-class Ratings:
-    """A file of comparisons that is appended to, one line each, and beside it one of ties and skips, for the record."""
-
-    def __init__(self, path):
-        self.paths = {True: Path(path), False: Path(path).with_suffix(".undecided.jsonl")}
-        self.rows, self.history = [], []
-        for file in self.paths.values():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            content = file.read_bytes() if file.exists() else b""
-            if not content.endswith(b"\n") and content:  # a line that was cut when the power went
-                os.truncate(file, content.rfind(b"\n") + 1)
-            self.rows += finished_lines(file)
-
-    def add(self, row):
-        """Write a row; it is on the disk when this returns."""
-        path = self.paths[row["preferred"] in (1, 2)]
-        self.history.append((path, path.stat().st_size if path.exists() else 0))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows.append(row)
-
-    def undo(self):
-        """Return whether there was a row of this session to take back."""
-        if not self.history:
-            return False
-        os.truncate(*self.history.pop())
-        self.rows.pop()
-        return True
-
-
-def ask_person(prompt, first, second, place):
-    """Return 1, 2, "tie", "skip", "undo" or "quit", as a person types it."""
-    print(f"\n--- {place}\n{prompt.text}\n\n  1: {first}\n\n  2: {second}\n")
-    choices = {"1": 1, "2": 2, "t": "tie", "s": "skip", "u": "undo", "q": "quit", "": "quit"}
-    choice = None
-    while choice is None:
-        print("better: 1, 2, [t]ie, [s]kip, [u]ndo, [q]uit > ", end="", flush=True)
-        try:
-            line = sys.stdin.readline()
-        except KeyboardInterrupt:
-            line = ""
-        choice = choices.get(line.strip().lower()) if line.strip() or not line else None  # "" is the end of the input
-    return choice
-
-
-def rater_of(config):
-    """Return the function (prompt, first, second, place) -> choice of a person, or of --judge."""
-    if not config.judge:
-        return ask_person
-    judge = Judge(config.judge, config.judge_model, Path(config.ratings).with_suffix(".judge.jsonl"),
-                  config.judge_context)
-
-    def ask(prompt, first, second, place):
-        choice = judge.prefer({"instruction": prompt.text, "reference": prompt.reference}, first, second)
-        print(f"{place}: {choice}", file=sys.stderr)
-        return {1: 1, 2: 2, 0: "tie", None: "skip"}[choice]
-
-    return ask
-
-
-def prefer_by_gold(prompt, first, second, place):
-    """Return 1, 2 or "tie": which response tinyworld's rubric gives the higher score."""
-    lead = gold_score(prompt.text, first) - gold_score(prompt.text, second)
-    return 1 if lead > 0 else 2 if lead < 0 else "tie"
-
-
-def offers(models, prompts, tokenizer, config, count=16):
-    """Yield (prompt, ((response, its source), (response, its source))) for each prompt, the two in a random order.
-
-    `models` is [(source, model)]: one that gives both responses, or two that give one each."""
-    for first in range(0, len(prompts), count):
-        some, drawn = prompts[first : first + count], []
-        for source, model in models:
-            generator = torch.Generator(model.device).manual_seed(config.seed + first)
-            *_, texts = sample_responses(model, [prompt.ids for prompt in some], tokenizer, config.response_length,
-                                         config.temperature, 3 - len(models), generator)
-            drawn.append([(text, source) for text in texts])
-        for prompt, pair in zip(some, zip(drawn[0][::2], drawn[0][1::2]) if len(drawn) == 1 else zip(*drawn)):
-            yield prompt, random.Random(f"{config.seed} {prompt.text}").sample(pair, 2)
+def load_policy(path, tokenizer, device, config):
+    """Return the language model of a file; ValueError where its tokenizer is another than --init's."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no policy {path!r}; make one with: python rlhf.py ppo")
+    model, other, info = gpt.load_language_model(path, device)
+    if other.to_dict() != tokenizer.to_dict():
+        raise ValueError(f"{path} has another tokenizer than --init: they cannot be compared")
+    if info.get("split_seed", config.split_seed) != config.split_seed:
+        print(f"note: {path} was trained with --split_seed {info['split_seed']}, perhaps on this data", file=sys.stderr)
+    return model
 
 
 def rate(config):
-    """Show pairs of responses, blind, to a person or to --judge, and append which is better to --ratings."""
-    device, sources = pick_device(config.device), (config.checkpoint or config.init).split(",")
-    if len(sources) > 2:
-        raise argparse.ArgumentError(None, f"--checkpoint names {len(sources)} models; rate compares one or two")
-    opened = [open_policy(source, device) for source in sources]
-    model, tokenizer, template = opened[0]
-    if opened[-1][1].to_dict() != tokenizer.to_dict():
-        raise ValueError(f"{sources[1]} has another tokenizer than {sources[0]}: they cannot be compared")
-    template = template if config.template == "auto" else config.template
-    pairs = load_pairs(config)[0 if len(sources) == 1 else 2]  # to train on, or to compare two models on
-    ratings, ask = Ratings(config.ratings), rater_of(config)
-    seen = {row["prompt"] for row in ratings.rows}
-    prompts = [p for p in make_prompts(pairs, tokenizer, template, config, model) if p.text not in seen]
-    stream = offers([(source, one[0]) for source, one in zip(sources, opened)], prompts, tokenizer, config)
-    shown, at = [], 0
-    while at < len(prompts):
-        if at == len(shown):
-            shown.append(next(stream))
-        prompt, ((first, from_1), (second, from_2)) = shown[at]
-        choice = "tie" if first == second else ask(prompt, first, second, f"{at + 1} of {len(prompts)}")
-        if choice == "quit":
-            break
-        if choice == "undo":
-            while ratings.undo():
-                at -= 1
-                (first, _), (second, _) = shown[at][1]
-                if first != second:  # equal ones would be a tie again at once
-                    break
+    """Show two answers to a prompt in random order and append to --ratings which is better; skipped ones come again."""
+    path, count = Path(config.ratings), 0
+    if path.suffix != ".jsonl":
+        raise argparse.ArgumentError(None, f"--ratings {path} must end in .jsonl, the form that --data reads")
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, but rate reads 1, 2, s (skip) or q (quit) from it")
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        rated = {json.loads(line)["prompt"] for line in text.split("\n") if line}  # not splitlines: U+2028 is text
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} does not hold ratings, one JSON object per line; give another --ratings") from None
+    model, tokenizer, template, parts = open_start(config, answers=False)
+    writers = [(config.init, model)] * 2
+    if config.checkpoint:
+        writers[1] = (config.checkpoint, load_policy(config.checkpoint, tokenizer, model.device, config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = encode_prompts(parts[0], tokenizer, template, model, config)
+    for row in (row for row in rows if row.text["prompt"] not in rated):
+        prompt, choice, answers = row.text["prompt"], "", []
+        generator = torch.Generator(model.device).manual_seed(seeded(config.seed, prompt).initial_seed())
+        for name, writer in writers:
+            _, (response,) = sample_responses(writer, [row.prompt], tokenizer, config.response_length,
+                                              config.temperature, generator=generator)
+            answers.append((response, name))
+        order = torch.randperm(2, generator=generator, device=model.device).tolist()
+        (first, from_1), (second, from_2) = (answers[i] for i in order)
+        if first == second:
             continue
-        ratings.add({"prompt": prompt.text, "response_1": first, "response_2": second, "preferred": choice,
-                     "from_1": from_1, "from_2": from_2, "rater": config.judge_model if config.judge else "person"})
-        at += 1
-    report_ratings(ratings.rows, sources, config.ratings)
-
-
-def report_ratings(rows, sources, path):
-    """Print how many comparisons there are and, of two models, which one wins."""
-    clear = [row for row in rows if row["preferred"] in (1, 2)]
-    ties = sum(row["preferred"] == "tie" for row in rows)
-    print(f"\n{len(clear)} preferences, {ties} ties, {len(rows) - len(clear) - ties} skipped; {path}")
-    if len(sources) == 2 and clear:
-        won = sum(row[f"from_{row['preferred']}"] == sources[1] for row in clear) + ties / 2
-        low, high = wilson(won, len(clear) + ties)
-        print(f"{sources[1]} wins {won / (len(clear) + ties):.1%} ({low:.1%} to {high:.1%}) over {sources[0]}")
-    elif clear:
-        print(f"train on them: python rlhf.py reward --data {path}, or beside others: --extra {path}")
-
-
-def new_pairs(config, path):
-    """Return a file of preferences, those of --extra and pairs of a policy's own responses, compared by tinyworld's
-    rubric or by --judge. Raises ValueError where there is neither."""
-    model, tokenizer, template = open_policy(path, pick_device(config.device))
-    prompts = make_prompts(load_pairs(config)[0], tokenizer, template, config, model)[: config.round_pairs]
-    if not config.judge and rubric(gold_score, [prompts[0].text], [""]) is None:
-        raise ValueError("--rounds needs a rater for the new pairs: --data tinyworld, or --judge")
-    judge = rater_of(config) if config.judge else prefer_by_gold
-    rows = [{"prompt": prompt.text, "response_1": first, "response_2": second,
-             "preferred": judge(prompt, first, second, f"{number} of {len(prompts)}")}
-            for number, (prompt, ((first, _), (second, _))) in enumerate(
-                offers([(path, model)], prompts, tokenizer, config, 64), 1)]
-    rows = [row for row in rows if row["preferred"] in (1, 2)]
-    target = Path(path).with_name("pairs.jsonl")
-    with gpt.replacing(target) as file:
-        file.write(Path(config.extra).read_bytes() if config.extra else b"")
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    print(f"{target}: {len(rows):,} new pairs, of the policy's own responses", file=sys.stderr)
-    return str(target)
+        print(f"\n---\n{prompt}\n\n  1: {first}\n\n  2: {second}\n")
+        while choice not in ("1", "2", "s", "q"):
+            print("better: 1, 2, [s]kip, [q]uit > ", end="", flush=True)
+            choice = (sys.stdin.readline() or "q").strip().lower()
+        if choice == "q":
+            break
+        if choice != "s":
+            rating = {"prompt": prompt, "response_1": first, "response_2": second, "preferred": int(choice),
+                      "from_1": from_1, "from_2": from_2}
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n" * (text[-1:] not in ("", "\n")) + json.dumps(rating, ensure_ascii=False) + "\n")
+            text, count = "", count + 1
+    print(f"\n{count} ratings added to {path}; train on them with: python rlhf.py reward --data {path}")
 
 
 def run_all(config):
-    """Train a reward model, then a policy by PPO, then evaluate; --rounds repeats it with pairs of the new policy."""
-    if config.seeds > 1:
-        raise argparse.ArgumentError(None, "--seeds goes with reward, ppo, dpo or grpo; leave it out with all")
-    if config.init == "scratch":  # said before the reward model is trained, not after
-        check_scratch(config, "all")
-    root = Path(config.out_dir or "out")
-    for number in range(1, config.rounds + 1):
-        name, one = "" if number == 1 else str(number), copy.copy(config)
-        one.out_dir, one.reward = str(root / f"reward{name}"), str(root / f"reward{name}" / "model.safetensors")
-        train_reward(one)
-        one.out_dir, one.checkpoint = str(root / f"ppo{name}"), str(root / f"ppo{name}" / "model.safetensors")
-        train_policy(one, "ppo")
-        evaluate(one)
-        if number < config.rounds:
-            config.extra = new_pairs(config, one.checkpoint)
+    """Train a reward model, then a policy by PPO, then evaluate it, in the folders reward and ppo below --out_dir."""
+    root, given = Path(config.out_dir), COMMANDS["all"].flags.split()
+    files = {"reward": str(root / "reward/model.safetensors"), "checkpoint": str(root / "ppo/model.safetensors")}
+    for word in ("reward", "ppo", "evaluate"):
+        function, flags, _, defaults = COMMANDS[word]
+        values = {name: getattr(config, name) for name in flags.split() if name in given}
+        values |= {**defaults, **adjust(word, config), **files, "out_dir": str(root / word), "command": config.command}
+        ends = [steps for steps in (config.max_steps, defaults.get("max_steps")) if steps]
+        function(Config(**{**values, "max_steps": min(ends, default=0)}))
 
 
-def over_seeds(train, config, stage):
-    """Train --seeds times and return the first run's summary, with the mean and spread of each figure over all.
+RATES = {"reward": (3e-3, 1e-5), "ppo": (3e-4, 3e-6), "dpo": (1e-4, 1e-6), "grpo": (3e-4, 1e-6)}  # small, large model
 
-    The first run stands in out_dir, the others in folders below it."""
-    folder = config.out_dir or f"out/{stage}"
-    summaries = train_each_seed(train, config, folder)
-    if config.seeds == 1:
-        return summaries[0]
-    figures = {key: [summary[key] for summary in summaries] for key in summaries[0]  # resumed, it has means of its own
-               if all(type(summary.get(key)) is float for summary in summaries)}
-    spread = {f"{key}_{name}": function(values) for key, values in figures.items()
-              for name, function in (("mean", statistics.mean), ("std", statistics.stdev))}
-    summary = {**summaries[0], **spread}
-    write_json(Path(folder, "summary.json"), summary)
-    for key in figures:
-        print(f"{key:<28}{spread[key + '_mean']:>10.4f}  standard deviation {spread[key + '_std']:.4f}")
-    return summary
+
+def adjust(word, config):
+    """Return the defaults that depend on other flags: rate and optimizer, by the size of --init and with adapters."""
+    large = config.init in gpt.GPT_CONFIGS or Path(config.init).is_file() and os.path.getsize(config.init) > 2e8
+    muon = word == "reward" and not large and not config.lora_rank
+    rate = RATES.get(word, (0.0, 0.0))[large] * (10 if config.lora_rank else 1)
+    return {"learning_rate": rate, "optimizer": "muon" if muon else "adamw"}
+
+
+TRAINED = f"{TRAINING} lora_rank lora_alpha lora_dropout lora_targets split_seed response_length temperature"
+POLICY = (f"{TRAINED} reward no_stop_penalty kl_coef kl_target kl_horizon max_approxkl ptx_coef ppo_epochs minibatches "
+          "clip_range group eval_prompts test_prompts")
+SEEN = "data init split_seed response_length temperature seed device debug checkpoint"
+JUDGE = "test_prompts judge judge_model judge_examples"
+COMMANDS = {
+    "all": Command(run_all, "data init out_dir max_steps save_every log_every seed device dtype compile resume fresh "
+                   "debug lora_rank lora_alpha lora_dropout lora_targets split_seed response_length temperature head "
+                   f"kl_coef ptx_coef eval_prompts {JUDGE}", defaults=dict(out_dir="out")),
+    "reward": Command(train_reward, f"{TRAINED} head eval_prompts", defaults=dict(
+        out_dir="out/reward", epochs=1, batch_size=32, eval_every=125, learning_rate=3e-3, optimizer="muon")),
+    "ppo": Command(train_policy, f"{POLICY} clip_range_value vf_coef gamma lam whiten_rewards", defaults=dict(
+        out_dir="out/ppo", max_steps=160, eval_every=40, learning_rate=3e-4)),
+    "dpo": Command(train_dpo, f"{TRAINED} loss beta label_smoothing reward test_prompts", defaults=dict(
+        out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100, learning_rate=1e-4)),
+    "grpo": Command(train_grpo, POLICY, defaults=dict(
+        out_dir="out/grpo", max_steps=100, eval_every=20, group=8, learning_rate=3e-4)),
+    "rate": Command(rate, f"{SEEN} ratings"),
+    "evaluate": Command(evaluate, f"{SEEN} reward {JUDGE}", defaults=dict(checkpoint="out/ppo/model.safetensors")),
+}
 
 
 def main(argv=None):
     """Run the command line and return its exit status."""
-    trained = {"reward": train_reward, "ppo": functools.partial(train_policy, stage="ppo"), "dpo": train_dpo,
-               "grpo": functools.partial(train_policy, stage="grpo")}
-    commands = {name: functools.partial(over_seeds, train, stage=name) for name, train in trained.items()}
-    return run_script(__doc__, Config, {"all": run_all, **commands, "rate": rate, "evaluate": evaluate}, argv, __file__)
+    return run_script(__doc__, Config, COMMANDS, argv, __file__, adjust)
 
 
 if __name__ == "__main__":

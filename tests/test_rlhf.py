@@ -1,14 +1,16 @@
 """Learning from preferences: closed forms, gradients, enumerable toys with a known optimum, runs, resuming, bad input."""
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
 import math
 import random
+import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,38 +22,41 @@ import gpt
 import rlhf
 import train
 from lora import apply_lora, load_lora
-from rlhf import Config, Policy, Prompt, RewardModel
+from rlhf import Config, Pair, Policy, RewardModel
 from tokenizer import CharTokenizer
 
 
 class Letters:
-    """A tokenizer of single letters for toys: a is 0, b is 1 ..., and the last id ends a response."""
+    """A tokenizer of single letters for toys: a is 0, b is 1 ..., other characters are nothing, the last id ends."""
 
     def __init__(self, size):
         self.vocab_size, self.eot_id = size, size - 1
 
     def encode(self, text):
-        return [ord(letter) - 97 for letter in text]
+        return [ord(letter) - 97 for letter in text if letter.isalpha()]
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids)
 
+    def to_dict(self):
+        return CharTokenizer.train(["abc"], specials=True).to_dict()  # only so that a checkpoint can be read
+
 
 def toy(vocab_size=8, seed=0, sharp=1.0, **sizes):
-    """Return a small Policy with a head `sharp` times as large, whose value head is random instead of zero."""
+    """Return a small model with a head `sharp` times as large."""
     torch.manual_seed(seed)
     sizes = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2, "drop_rate": 0.0, **sizes}
-    policy = Policy(gpt.GPTModel(gpt.GPTConfig(vocab_size, **sizes))).eval()
+    model = gpt.GPTModel(gpt.GPTConfig(vocab_size, **sizes)).eval()
     with torch.no_grad():
-        policy.gpt.out_head.weight *= sharp
-        policy.value_head.weight.normal_(std=0.1)
-    return policy
+        model.out_head.weight *= sharp
+    return model
 
 
 def options(**given):
-    """Return a Config for toys: one piece, no penalty for responses that do not stop."""
-    return Config(**{"batch_size": 32, "accumulate": 1, "temperature": 1.0, "no_stop_penalty": 0.0,
-                     "max_approxkl": 0.0, **given})
+    """Return a Config for toys: one micro-batch, no penalty for responses that do not stop, no ptx loss."""
+    return Config(**{"batch_size": 32, "accumulate": 1, "temperature": 1.0, "no_stop_penalty": 0.0, "ptx_coef": 0.0,
+                     "max_approxkl": 0.0, "warmup_steps": 0, "final_rate": 0.0, "max_steps": 1, "eval_every": 0,
+                     "save_every": 0, "data": "toy", "init": "toy", "reward": "toy", **given})
 
 
 def prefix_mask(*lengths):
@@ -138,6 +143,13 @@ def test_the_kl_controller_follows_its_closed_form():
     second = rlhf.kl_controller(first, 5.4, 6.0, 512, 10000)
     assert second == pytest.approx(first * (1 - 0.1 * 512 / 10000))
     assert rlhf.kl_controller(second, 0.0, 6.0, 1000, 1000) == pytest.approx(second * 0.8)
+    assert rlhf.kl_controller(second, 5.0, 0.0, 1000, 1000) == second  # without a target
+
+
+def test_the_kl_coefficient_stays_above_zero():
+    """Also where a batch is many times as long as the horizon: it changes by at most 20%."""
+    assert rlhf.kl_controller(0.2, 0.0, 6.0, 8, 1) == pytest.approx(0.16)
+    assert rlhf.kl_controller(0.2, 100.0, 6.0, 8, 1) == pytest.approx(0.24)
 
 
 def test_reward_loss_identities():
@@ -177,6 +189,30 @@ def test_group_advantages_sum_to_zero_and_ignore_equal_groups():
     assert torch.allclose(rlhf.group_advantages(scores[order], 4), got[order])
 
 
+def test_group_advantages_and_the_dpo_loss_are_trls():
+    """TRL's formulas in double precision: (r - mean) / (std + 1e-4) within groups; its sigmoid loss with smoothing."""
+    torch.manual_seed(0)
+    scores = torch.randn(24)
+    grouped = scores.double().view(-1, 6)
+    expected = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
+    assert torch.allclose(rlhf.group_advantages(scores, 6).double(), expected.flatten(), atol=3e-7)
+    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 16) * 3 - 20
+    logits = (chosen.double() - rejected) - (ref_chosen.double() - ref_rejected)
+    expected = -F.logsigmoid(0.1 * logits) * (1 - 0.2) - F.logsigmoid(-0.1 * logits) * 0.2
+    got = rlhf.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1, 0.2)
+    assert got.item() == pytest.approx(expected.mean().item(), abs=3e-7)
+
+
+@pytest.mark.parametrize("value", [98765.4, 0.1, -3e7, 0.0])
+def test_equal_scores_have_advantages_of_exactly_zero(value):
+    """Whatever their size: rounding of a mean must not become an advantage, neither in GRPO nor in whitening."""
+    for n in (4, 7, 8, 64):
+        assert rlhf.group_advantages(torch.full((n,), value), n).tolist() == [0] * n
+        assert rlhf.whiten(torch.full((n, 1), value), torch.ones(n, 1)).abs().max() == 0
+    near = torch.tensor([98765.4, 98765.5, 98765.6, 98765.7])
+    assert rlhf.group_advantages(near, 4).tolist() == pytest.approx([-1.16, -0.39, 0.39, 1.16], abs=0.05)
+
+
 def test_the_score_lands_on_the_stop_token_and_the_kl_on_every_token():
     """-kl_coef x (logp - ref) on real tokens, the score once, at the last of them, and nothing behind it."""
     logprobs, ref = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -9.0]]), torch.tensor([[-2.0, -2.0, -1.0], [0.0, -1.0, 9.0]])
@@ -200,14 +236,52 @@ def test_exact_kl_agrees_with_its_estimates_from_samples():
 # --- responses, padding, gradients
 
 
-def rollout(policy, config, texts=("ab", "c", "abcab", "ba"), reward=None, seed=0, num_samples=1):
-    """Return the Episodes of some prompts, sampled from seeded random numbers, and the function that opens the start."""
+def start_of(model, texts, chosen=""):
+    """Return what rlhf.open_start gives, for prompts of letters."""
+    pairs = [{"prompt": text, "chosen": chosen or rlhf.NO_ANSWER, "rejected": ""} for text in texts]
+    return model, Letters(model.config.vocab_size), "plain", [pairs] * 3
+
+
+def learn(model, texts, reward, folder, stage="ppo", seed=0, chosen="", **given):
+    """Train a toy in place by rlhf.train_policy, as from the command line, and return the rows of its log."""
+    config = options(out_dir=str(folder), fresh=True, seed=seed, eval_prompts=2, test_prompts=2, **given)
     torch.manual_seed(seed)
-    tokenizer = Letters(policy.gpt.config.vocab_size)
-    prompts = [Prompt(text, tokenizer.encode(text)) for text in texts]
-    reward = reward or (lambda prompts, responses: [len(r) + 0.1 * i for i, r in enumerate(responses)])
-    start = rlhf.start_of(policy.gpt)
-    return rlhf.play(policy, start, prompts, reward, tokenizer, config, num_samples), start
+    with mock.patch.object(rlhf, "open_start", lambda *args, **named: start_of(model, texts, chosen)), \
+            mock.patch.object(rlhf, "load_reward", lambda *args: reward):
+        rlhf.train_policy(config, stage)
+    return train.read_log(folder)
+
+
+def first_update(model, folder, texts=("ab", "c", "abcab", "ba"), reward=None, **given):
+    """Return (gradients of the policy before the first update, the rollout, the logged figures) of a run of one step."""
+    reward = reward or (lambda prompts, responses: [len(r) + 0.1 * ord((r or "a")[0]) for r in responses])
+    gradients, rollouts, score, clip = [], [], rlhf.score_tokens, rlhf.clip_grad_norm_
+
+    def clipped(parameters, norm):
+        parameters = list(parameters)
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters])
+        return clip(parameters, norm)
+
+    def scored(policy, reference, rollout, config):
+        score(policy, reference, rollout, config)
+        rollouts.append(rollout)
+
+    with mock.patch.object(rlhf, "clip_grad_norm_", clipped), mock.patch.object(rlhf, "score_tokens", scored), \
+            mock.patch.object(rlhf, "finish_policy", lambda *args: None):
+        rows = learn(model, texts, reward, folder, **{"batch_size": len(texts), "ppo_epochs": 1, "response_length": 6,
+                                                      "learning_rate": 1e-3, **given})
+    of_training = next(rollout for rollout in rollouts if rollout.scores.abs().sum() > 0)
+    return gradients[0], of_training, next(row for row in rows if "val/ratio" in row)
+
+
+def rollout_of(model, texts=("ab", "c", "abcab", "ba"), seed=0, config=None, num_samples=1):
+    """Return (rollout, texts) of some prompts, sampled from seeded random numbers and scored by policy and reference."""
+    torch.manual_seed(seed)
+    tokenizer, config = Letters(model.config.vocab_size), config or options(response_length=6)
+    rollout, responses = rlhf.sample_responses(model, [tokenizer.encode(text) for text in texts], tokenizer,
+                                               config.response_length, config.temperature, num_samples)
+    rlhf.score_tokens(Policy(model), rlhf.reference_of(model), rollout, config)
+    return rollout, responses
 
 
 def test_packed_rows_begin_their_responses_in_one_column():
@@ -219,17 +293,17 @@ def test_packed_rows_begin_their_responses_in_one_column():
 
 def test_what_is_scored_is_what_was_sampled():
     """At temperature 0.7 the log-probabilities of a response sum to those of drawing it alone, token by token."""
-    policy, config = toy(sharp=30), options(temperature=0.7, response_length=6)
-    episodes, _ = rollout(policy, config)
-    for row, prompt in enumerate(episodes.prompts):
+    model, asked = toy(sharp=30), ("ab", "c", "abcab", "ba")
+    rollout, texts = rollout_of(model, asked, config=options(temperature=0.7, response_length=6))
+    for row, prompt in enumerate(asked):
         ids, expected = torch.tensor([Letters(8).encode(prompt)]), 0.0
-        response = episodes.ids[row, -episodes.response_mask.shape[1]:][episodes.response_mask[row].bool()]
+        response = rollout.ids[row, -rollout.response_mask.shape[1]:][rollout.response_mask[row].bool()]
         for token in response:
-            expected += torch.log_softmax(policy.gpt(ids)[0, -1] / 0.7, -1)[token].item()
+            expected += torch.log_softmax(model(ids)[0, -1] / 0.7, -1)[token].item()
             ids = torch.cat([ids, token.view(1, 1)], 1)
-        assert episodes.logprobs[row].sum().item() == pytest.approx(expected, abs=1e-5)
-        assert bool(episodes.stopped[row]) == (response[-1].item() == 7)
-        assert episodes.texts[row] == Letters(8).decode([i for i in response.tolist() if i != 7])
+        assert rollout.logprobs[row].sum().item() == pytest.approx(expected, abs=1e-5)
+        assert bool(rollout.stopped[row]) == (response[-1].item() == 7)
+        assert texts[row] == Letters(8).decode([i for i in response.tolist() if i != 7])
 
 
 def all_responses(V, R):
@@ -241,45 +315,45 @@ def all_responses(V, R):
 def distribution(model, prompt, V, R):
     """Return (responses, their exact log-probabilities) after a prompt."""
     responses = [list(r) for r in all_responses(V, R)]
-    ids, mask, R = rlhf.pack([prompt] * len(responses), responses, 0)
     with torch.no_grad():
-        logits = model.out_head(rlhf.response_states(model, ids, mask, R))
-    return responses, (rlhf.token_scores(logits, ids[:, -R:])[0] * mask[:, -R:]).sum(1)
+        return responses, rlhf.sequence_logprobs(model, *rlhf.pack([prompt] * len(responses), responses, 0))
 
 
 def test_the_probabilities_of_all_responses_sum_to_one():
     """40 responses over 4 tokens, cut at the stop token or at length 3."""
-    responses, logprobs = distribution(toy(4, sharp=30).gpt, [0, 1], 4, 3)
+    responses, logprobs = distribution(toy(4, sharp=30), [0, 1], 4, 3)
     assert len(responses) == 40 and logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_padding_changes_no_score_and_no_gradient():
+def test_padding_changes_no_score_and_no_gradient(tmp_path):
     """More padding on either side, garbage in it, and another order of rows leave losses and gradients as they were."""
-    policy, config = toy(sharp=10).double(), options(response_length=6)
-    episodes, _ = rollout(policy, config)
-    advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
+    sample, stored = rlhf.sample_responses, toy(sharp=10).double().state_dict()
 
-    def result(e, advantages, returns, order):
-        policy.zero_grad()
-        loss, _ = rlhf.policy_objective(policy, e, order, advantages, returns, 0.1, config)
-        loss.backward()
-        return loss.item(), [p.grad.clone() for p in policy.parameters()]
+    def wider(*args, **named):
+        rollout, texts = sample(*args, **named)
+        ids = torch.where(rollout.mask > 0, rollout.ids, 3)
+        ids = torch.cat([torch.full((len(ids), 3), 5), ids, torch.full((len(ids), 2), 2)], 1)
+        order = torch.arange(len(texts)).flip(0)
+        fields = [x if x.dim() == 1 else F.pad(x, (0, 2), value=9.0) for x in rollout]
+        rollout = rlhf.Rollout(*fields)._replace(ids=ids, mask=F.pad(rollout.mask, (3, 2)),
+                                                 response_mask=F.pad(rollout.response_mask, (0, 2)))
+        return rlhf.Rollout(*(x[order] for x in rollout)), [texts[i] for i in order]
 
-    loss, grads = result(episodes, advantages, returns, torch.arange(4))
-    wider = episodes._replace(
-        ids=torch.cat([torch.full((4, 3), 5), torch.where(episodes.mask > 0, episodes.ids, 3), torch.full((4, 2), 2)], 1),
-        mask=F.pad(episodes.mask, (3, 2)), **{name: F.pad(getattr(episodes, name), (0, 2), value=9.0) for name in (
-            "logprobs", "ref_logprobs", "values")}, response_mask=F.pad(episodes.response_mask, (0, 2)))
-    again, other = result(wider, F.pad(advantages, (0, 2), value=4.0), F.pad(returns, (0, 2), value=4.0),
-                          torch.tensor([2, 0, 3, 1]))
-    assert again == pytest.approx(loss, abs=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, other))
+    results = []
+    for patched in (sample, wider):
+        model = toy(sharp=10).double()
+        model.load_state_dict(stored)
+        with mock.patch.object(rlhf, "sample_responses", patched):
+            results.append(first_update(model, tmp_path))
+    assert results[1][2]["loss"] == pytest.approx(results[0][2]["loss"], abs=1e-6)
+    assert results[1][1].ids.shape[1] == results[0][1].ids.shape[1] + 5
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][0], results[1][0]))
 
 
 @pytest.mark.parametrize("head", rlhf.HEADS)
 def test_a_reward_model_takes_any_kind_of_mask(head):
     """Whole numbers, truth values and floats say the same."""
-    model, ids = RewardModel(toy().gpt, head), torch.tensor([[0, 0, 3, 4, 5], [2, 3, 4, 5, 6]])
+    model, ids = RewardModel(toy(), head), torch.tensor([[0, 0, 3, 4, 5], [2, 3, 4, 5, 6]])
     with torch.no_grad():
         scores = [model(ids, (ids > 0).to(dtype), 2) for dtype in (torch.long, torch.bool, torch.float32)]
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2]) and scores[0][0] != scores[0][1]
@@ -289,7 +363,7 @@ def test_a_reward_model_takes_any_kind_of_mask(head):
 def test_a_reward_models_score_ignores_padding_and_batch(head):
     """Padding left, right or none, alone or in a batch: the same score; the last real token decides."""
     torch.manual_seed(0)
-    model = RewardModel(toy().gpt, head)
+    model = RewardModel(toy(), head)
     alone = model(torch.tensor([[1, 2, 3]]))
     ids = torch.tensor([[1, 2, 3, 0, 0], [0, 0, 1, 2, 3], [6, 5, 4, 3, 2]])
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -300,9 +374,30 @@ def test_a_reward_models_score_ignores_padding_and_batch(head):
     assert not torch.allclose(model(torch.tensor([[1, 2, 3, 0]])), alone, atol=1e-3)
 
 
+@pytest.mark.parametrize("head", rlhf.HEADS)
+def test_a_score_in_bfloat16_is_nearly_that_in_float32(head):
+    """Under autocast the trunk rounds, but the head computes in float32 and tells apart what bfloat16 would not."""
+    torch.manual_seed(0)
+    model, (ids, mask, R) = RewardModel(toy(sharp=10), head), rlhf.pack([[4, 1, 3], [1]], [[2, 3], [5, 6, 7]], 0)
+    with torch.no_grad():
+        exact = model(ids, mask, R)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(ids, mask, R)
+    assert rounded.dtype == torch.float32 and torch.allclose(rounded, exact, atol=0.1) and not torch.equal(rounded, exact)
+
+
+def test_the_mlp_head_has_the_two_layers_of_the_notes():
+    """C x C, a nonlinearity, and C x 1 on the last state."""
+    model, ids = RewardModel(toy(), "mlp"), torch.tensor([[1, 2, 3]])
+    state = model.gpt.hidden(ids)[:, -1]
+    first, _, second = model.head
+    assert [tuple(layer.weight.shape) for layer in (first, second)] == [(16, 16), (1, 16)]
+    assert torch.allclose(model(ids), second(F.gelu(first(state)))[:, 0], atol=1e-6)
+
+
 def test_the_likelihood_head_reads_the_responses_log_probability():
     """With all weights on that input the score is the sum over the response's tokens, and over those alone."""
-    model = RewardModel(toy(sharp=10).gpt, "likelihood")
+    model = RewardModel(toy(sharp=10), "likelihood")
     ids, mask, R = rlhf.pack([[4, 1, 3], [1]], [[2, 3], [5, 6, 7]], 0)
     with torch.no_grad():
         model.head.weight.zero_()[0, -1] = 1
@@ -311,93 +406,56 @@ def test_the_likelihood_head_reads_the_responses_log_probability():
         assert torch.allclose(model(ids, mask, R), torch.stack(found), atol=1e-5)
 
 
-def test_the_mean_head_reads_all_states_of_the_response():
-    """Its score is linear in the mean of the states of the response's tokens, each row computed alone."""
-    model = RewardModel(toy(sharp=10).gpt, "mean")
-    rows = [([4, 1, 3], [2, 3]), ([1], [5, 6, 7])]
-    ids, mask, R = rlhf.pack(*zip(*rows), 0)
-    with torch.no_grad():
-        states = [model.gpt.hidden(torch.tensor([p + r]))[0] for p, r in rows]
-        found = [sum(model.head(state[i]) for i in range(len(p), len(p + r))) / len(r)
-                 for state, (p, r) in zip(states, rows)]
-        assert torch.allclose(model(ids, mask, R), torch.cat(found), atol=1e-5)
-
-
-@pytest.mark.parametrize("head", ["linear", "likelihood", "mean"])
-def test_both_answers_of_a_pair_in_one_row_are_as_in_rows_of_their_own(head):
-    """Scores, log-probabilities and gradients of pairs that share their prompt equal those of separate rows."""
+@pytest.mark.parametrize("head", rlhf.HEADS)
+def test_pairs_as_padded_rows_are_as_each_answer_alone(head):
+    """Scores, log-probabilities and gradients of B pairs as 2B rows equal those of one unpadded row at a time."""
     torch.manual_seed(0)
     draw = lambda n: torch.randint(7, (n,)).tolist()  # noqa: E731
-    rows = [rlhf.Pair(draw(3 + i), draw(2 + i % 3) + [7], draw(5 - i % 4) + [7]) for i in range(5)]
-    model = RewardModel(toy(sharp=10).gpt, head).double()
-    scores, gradients = [], []
-    for separate in (False, True):
+    rows = [Pair(draw(3 + i), draw(2 + i % 3) + [7], draw(5 - i % 4) + [7], {}) for i in range(5)]
+    model = RewardModel(toy(sharp=10), head).double()
+    weights, results = torch.tensor([[1.0], [-2.0], [0.5], [-0.3]]).double(), []
+    for alone in (False, True):
         model.zero_grad()
-        if separate:
-            packed = [rlhf.pack([row.prompt for row in rows], [row[side] for row in rows], 0) for side in (1, 2)]
-            chosen, rejected = (model(*some) for some in packed)
-            logprobs = [(rlhf.token_scores(model.gpt.out_head(rlhf.response_states(model.gpt, ids, mask, R)), ids[:, -R:])[0]
-                         * mask[:, -R:]).sum(1) for ids, mask, R in packed]
+        if alone:
+            each = [(torch.tensor([row.prompt + answer]), None, len(answer)) for side in (1, 2) for row in rows
+                    for answer in (row[side],)]
+            scores = torch.cat([model(*one) for one in each])
+            logprobs = torch.stack([gpt.token_logprobs(model.gpt(ids), ids)[0, -R:].double().sum() for ids, _, R in each])
         else:
-            chosen, rejected = rlhf.pair_scores(model, rows, 0)
-            logprobs = rlhf.pair_logprobs(model.gpt, rows, 0)
-        scores.append(torch.stack([chosen, rejected, *logprobs]).double())
-        (scores[-1] * torch.tensor([[1.0], [-2.0], [0.5], [-0.3]])).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert torch.allclose(*scores, atol=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+            (order, *packed), = rlhf.pair_batches(rows, 1, 0, "cpu")
+            back = torch.tensor([order.index(i) for i in range(5)])
+            back = torch.cat([back, back + 5])
+            scores, logprobs = model(*packed)[back], rlhf.sequence_logprobs(model.gpt, *packed)[back]
+        found = torch.cat([scores.view(2, 5), logprobs.view(2, 5)])
+        (found * weights).sum().backward()
+        results.append((found, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1]))
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
-def test_the_first_update_is_reinforce(drop_rate):
+def test_the_first_update_is_reinforce(drop_rate, tmp_path):
     """At the first pass every ratio is 1 to the bit, nothing is clipped, and the gradient is -sum(A grad logp) / n.
 
     A model left in training mode with dropout must pass too: training a policy switches it off."""
-    policy, config = toy(drop_rate=drop_rate).double(), options(
-        response_length=6, accumulate=2, vf_coef=0.0, ppo_epochs=1)
-    policy.train()
-    episodes, _ = rollout(policy, config)
-    advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
-    seen = []
-
-    def apply(loss):
-        seen.append([p.grad.clone() for p in policy.gpt.parameters()])
-        return 0.0, 0.0
-
-    _, metrics, _, _ = rlhf.improve(policy, episodes, advantages, returns, 0.1, config, apply)
-    assert metrics["policy/approxkl"] == metrics["policy/clipfrac"] == 0
+    model = toy(drop_rate=drop_rate).double().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients, rollout, row = first_update(model, tmp_path, accumulate=2, vf_coef=0.0, kl_coef=0.1)
+    assert row["policy/approxkl"] == row["policy/clipfrac"] == 0 and row["val/ratio"] == 1
+    model.load_state_dict(before)
+    mask = rollout.response_mask
+    rewards = rlhf.token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, 0.1)
+    advantages = rlhf.whiten(rlhf.gae(rewards, rollout.values, mask)[0], mask)
+    policy, R = Policy(model.eval()), mask.shape[1]
     policy.zero_grad()
-    R = episodes.response_mask.shape[1]
-    logits, _ = policy(episodes.ids, episodes.mask, R)
-    new = torch.log_softmax(logits, -1).gather(2, episodes.ids[:, -R:, None]).squeeze(2)
-    (-(advantages * new).sum() / episodes.response_mask.sum()).backward()
-    for ours, parameter in zip(seen[0], policy.gpt.parameters()):
+    logits, _ = policy(rollout.ids, rollout.mask, R)
+    new = torch.log_softmax(logits, -1).gather(2, rollout.ids[:, -R:, None]).squeeze(2)
+    (-(advantages * new).sum() / mask.sum()).backward()
+    for ours, parameter in zip(gradients, policy.gpt.parameters()):
         assert torch.allclose(ours, parameter.grad, atol=1e-9)
 
 
 # --- toys small enough to know the optimum: pi* = pi_ref exp(r / beta) / Z
-
-
-def learn(policy, texts, reward, config, steps, rate, stage="ppo", seed=0):
-    """Train a policy in a plain loop, as a reader would write it, and return the mean score of every step."""
-    torch.manual_seed(seed)
-    tokenizer = Letters(policy.gpt.config.vocab_size)
-    prompts = [Prompt(text, tokenizer.encode(text)) for text in texts]
-    start, optimizer, scores = rlhf.start_of(policy.gpt), torch.optim.Adam(policy.parameters(), lr=rate), []
-
-    def apply(loss):
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        return 0.0, 0.0
-
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        batch = [prompts[i % len(prompts)] for i in range(config.batch_size // (config.group if stage == "grpo" else 1))]
-        episodes = rlhf.play(policy, start, batch, reward, tokenizer, config, config.group if stage == "grpo" else 1)
-        advantages, returns = rlhf.advantages_and_returns(episodes, config.kl_coef, config, stage)
-        rlhf.improve(policy, episodes, advantages, returns, config.kl_coef, config, apply)
-        scores.append(episodes.scores.mean().item())
-    return scores
 
 
 def optimum(model, prompt, V, R, reward, beta):
@@ -409,9 +467,9 @@ def optimum(model, prompt, V, R, reward, beta):
     return torch.log_softmax(logits, 0), beta * torch.logsumexp(logits, 0).item(), rewards
 
 
-def distance(policy, prompt, V, R, best):
+def distance(model, prompt, V, R, best):
     """Return KL(policy || optimum) over all responses, in nats."""
-    _, logprobs = distribution(policy.gpt, prompt, V, R)
+    _, logprobs = distribution(model, prompt, V, R)
     return (logprobs.exp() * (logprobs - best)).sum().item()
 
 
@@ -421,36 +479,37 @@ def letter_values(prompts, responses):
 
 
 SMALL = dict(emb_dim=16, n_layers=1, context_length=8)
+LEARNING = dict(batch_size=256, group=256, learning_rate=1e-2, weight_decay=0.0)  # all responses to one prompt
 
 
 @pytest.mark.parametrize("beta, whitened", [(0.5, False), (0.25, True)])
-def test_ppo_finds_the_optimum_of_a_bandit(beta, whitened):
+def test_ppo_finds_the_optimum_of_a_bandit(beta, whitened, tmp_path):
     """One token of 8: PPO ends within 0.005 nats of pi_ref exp(r / beta), with and without whitened rewards."""
-    policy = toy(8, sharp=10, **SMALL)
-    best, _, rewards = optimum(policy.gpt, [0], 8, 1, letter_values, beta)
-    assert distance(policy, [0], 8, 1, best) > 0.7
-    config = options(response_length=1, kl_coef=beta, batch_size=256, whiten_rewards=whitened, ppo_epochs=2)
-    learn(policy, ["a"], letter_values, config, 60, 1e-2)
-    assert distance(policy, [0], 8, 1, best) < 0.005
-    reached = (distribution(policy.gpt, [0], 8, 1)[1].exp() * rewards).sum().item()
+    model = toy(8, sharp=10, **SMALL)
+    best, _, rewards = optimum(model, [0], 8, 1, letter_values, beta)
+    assert distance(model, [0], 8, 1, best) > 0.7
+    learn(model, ["a"], letter_values, tmp_path, max_steps=60, response_length=1, kl_coef=beta, whiten_rewards=whitened,
+          ppo_epochs=2, **LEARNING)
+    assert distance(model, [0], 8, 1, best) < 0.005
+    reached = (distribution(model, [0], 8, 1)[1].exp() * rewards).sum().item()
     assert reached == pytest.approx((best.exp() * rewards).sum().item(), abs=0.02)
 
 
-def sequence_toy():
+def sequence_toy(folder):
     """Return (distance at the start, at the end, value reached - optimal value) of PPO on all responses of 3 letters."""
-    policy, beta = toy(4, sharp=10, **SMALL), 0.5
-    best, value, rewards = optimum(policy.gpt, [0, 1], 4, 3, letter_values, beta)
-    _, ref = distribution(policy.gpt, [0, 1], 4, 3)
-    before = distance(policy, [0, 1], 4, 3, best)
-    learn(policy, ["ab"], letter_values, options(response_length=3, kl_coef=beta, batch_size=256, ppo_epochs=4), 80, 1e-2)
-    _, now = distribution(policy.gpt, [0, 1], 4, 3)
+    model, beta = toy(4, sharp=10, **SMALL), 0.5
+    best, value, rewards = optimum(model, [0, 1], 4, 3, letter_values, beta)
+    _, ref = distribution(model, [0, 1], 4, 3)
+    before = distance(model, [0, 1], 4, 3, best)
+    learn(model, ["ab"], letter_values, folder, max_steps=80, response_length=3, kl_coef=beta, ppo_epochs=4, **LEARNING)
+    _, now = distribution(model, [0, 1], 4, 3)
     reached = (now.exp() * (rewards - beta * (now - ref))).sum().item()
-    return before, distance(policy, [0, 1], 4, 3, best), reached - value
+    return before, distance(model, [0, 1], 4, 3, best), reached - value
 
 
-def test_ppo_finds_the_optimum_over_sequences():
+def test_ppo_finds_the_optimum_over_sequences(tmp_path):
     """40 responses of unequal length: within 0.05 nats of the optimum, and its value within 0.02 of beta log Z."""
-    before, after, missing = sequence_toy()
+    before, after, missing = sequence_toy(tmp_path)
     assert before > 0.5 and after < 0.05 and abs(missing) < 0.02
 
 
@@ -470,10 +529,10 @@ rlhf_token_rewards = rlhf.token_rewards
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [flipped, with_k3])
-def test_the_toy_tells_a_wrong_kl_from_the_right_one(wrong, monkeypatch):
+def test_the_toy_tells_a_wrong_kl_from_the_right_one(wrong, monkeypatch, tmp_path):
     """The control of the test above: a flipped sign, or k3 as a reward, ends far from the optimum."""
     monkeypatch.setattr(rlhf, "token_rewards", wrong)
-    assert sequence_toy()[1] > 0.3
+    assert sequence_toy(tmp_path)[1] > 0.3
 
 
 def even_share(prompts, responses):
@@ -481,37 +540,41 @@ def even_share(prompts, responses):
     return [4 * sum(ord(c) % 2 == 1 for c in r) / max(1, len(r)) for r in responses]
 
 
-def longer_toy(stage="ppo", reward=even_share, steps=32, **given):
+def longer_toy(folder, stage="ppo", reward=even_share, steps=32, **given):
     """Return (mean score of the first 3 and of the last 3 steps) on responses of 16 tokens from a vocabulary of 32."""
-    policy = toy(32, context_length=24, emb_dim=32, sharp=5)
+    model = toy(32, context_length=24, emb_dim=32, sharp=5)
     texts = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 6)) for i in range(32)]
-    config = options(response_length=16, **{"kl_coef": 0.02, "ppo_epochs": 4, **given})
-    scores = learn(policy, texts, reward, config, steps, 2e-3, stage)
+    rows = learn(model, texts, reward, folder, stage, max_steps=steps, **{
+        "response_length": 16, "kl_coef": 0.02, "ppo_epochs": 4, "learning_rate": 2e-3, **given})
+    scores = [row["objective/scores"] for row in rows if "objective/scores" in row]
     return sum(scores[:3]) / 3, sum(scores[-3:]) / 3
 
 
 @pytest.mark.slow
-def test_ppo_and_grpo_learn_a_property_of_whole_responses():
+def test_ppo_and_grpo_learn_a_property_of_whole_responses(tmp_path):
     """Even letters: both raise the score by more than 0.8 of 4; a shuffled reward does not, nor a strong tie to the start."""
-    before, after = longer_toy()
+    before, after = longer_toy(tmp_path)
     assert after - before > 0.8
     rng = random.Random(0)
-    shuffled = longer_toy(reward=lambda p, r: rng.sample(even_share(p, r), len(r)))
+    shuffled = longer_toy(tmp_path, reward=lambda p, r: rng.sample(even_share(p, r), len(r)))
     assert shuffled[1] - before < 0.4
-    tied = longer_toy(kl_coef=2.0)
+    tied = longer_toy(tmp_path, kl_coef=2.0)
     assert tied[1] - before < 0.4
-    before, after = longer_toy("grpo", steps=40, batch_size=64, ppo_epochs=1)
+    before, after = longer_toy(tmp_path, "grpo", steps=40, batch_size=64, group=8, ppo_epochs=1)
     assert after - before > 0.8
 
 
-def test_keeping_skills_is_the_loss_of_the_preferred_answers_whatever_the_pieces():
-    """ptx_coef times the mean over all their tokens, with its gradient, in one piece or in three."""
+def test_the_ptx_loss_is_that_of_the_preferred_answers_whatever_the_micro_batches():
+    """ptx_coef times the mean over all their tokens, with its gradient, in one micro-batch or in three."""
     rows = [([1, 2, 3], [4, 7]), ([5], [6, 2, 1, 7]), ([2, 2], [7]), ([3, 1, 4, 1], [5, 6, 7])]
-    prompts, found = [rlhf.Prompt("", ids, "", answer) for ids, answer in rows], []
-    for pieces in (0, 1, 3):
-        model = toy(sharp=10).gpt.double()
-        if pieces:
-            total = rlhf.keep_skills(model, prompts, options(ptx_coef=0.7, accumulate=pieces), contextlib.nullcontext())
+    asked, found = [Pair(ids, answer, [], {"chosen": "x"}) for ids, answer in rows], []
+    for count in (0, 1, 3):
+        model = toy(sharp=10).double()
+        if count:
+            total, config = 0.0, options(ptx_coef=0.7, accumulate=count)
+            for loss in rlhf.ptx_losses(model, asked, config, rlhf.contextlib.nullcontext()):
+                loss.backward()
+                total += loss.item()
         else:
             scores = [torch.log_softmax(model(torch.tensor([ids + answer]))[0].double(), -1)[len(ids) + i - 1, token]
                       for ids, answer in rows for i, token in enumerate(answer)]
@@ -521,30 +584,25 @@ def test_keeping_skills_is_the_loss_of_the_preferred_answers_whatever_the_pieces
         found.append((total, torch.cat([p.grad.flatten() for p in model.parameters()])))
     for total, gradient in found[1:]:
         assert total == pytest.approx(found[0][0], rel=1e-6) and torch.allclose(gradient, found[0][1], atol=1e-6)
+    nothing = [row._replace(text={"chosen": rlhf.NO_ANSWER}) for row in asked]
+    assert list(rlhf.ptx_losses(model, nothing, options(ptx_coef=0.7), None)) == []
+    assert list(rlhf.ptx_losses(model, asked, options(ptx_coef=0.0), None)) == []
 
 
-def test_an_update_adds_the_gradient_of_keeping_skills():
-    """The gradient with --ptx_coef minus that without it is the one of `keep_skills` alone."""
-    def gradients(coef, only=False):
-        policy, config = toy(sharp=10), options(ptx_coef=coef, ppo_epochs=1, accumulate=2, response_length=8)
-        episodes, _ = rollout(policy, config, ["ab"] * 4)
-        advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
-        prompts, kept = [rlhf.Prompt("", [1, 2], "", [3, 7])] * 4, []
+def test_an_update_adds_the_gradient_of_the_ptx_loss(tmp_path):
+    """The gradient with --ptx_coef minus that without it is the one of `ptx_losses` alone."""
+    def gradient(coef):
+        found, _, row = first_update(toy(sharp=10), tmp_path, ["ab"] * 4, chosen="de", ptx_coef=coef, accumulate=2)
+        return torch.cat([one.flatten() for one in found]), row
 
-        def apply(loss):
-            kept.extend(p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in policy.gpt.parameters())
-            return 0.0, 0.0
-
-        policy.zero_grad()
-        if only:
-            rlhf.keep_skills(policy.gpt, prompts, config, contextlib.nullcontext())
-            apply(0)
-        else:
-            rlhf.improve(policy, episodes, advantages, returns, 0.1, config, apply, prompts=prompts)
-        return torch.cat([gradient.flatten() for gradient in kept])
-
-    alone = gradients(0.5, only=True)
-    assert alone.norm() > 0.01 and torch.allclose(gradients(0.5) - gradients(0.0), alone, atol=1e-5)
+    (with_it, row), (without, _) = gradient(0.5), gradient(0.0)
+    policy, tokenizer = Policy(toy(sharp=10)), Letters(8)
+    pair = rlhf.encode_pair({"prompt": "ab", "chosen": "de", "rejected": ""}, tokenizer, "plain")
+    loss, = rlhf.ptx_losses(policy.gpt, [pair], options(ptx_coef=0.5, response_length=6), rlhf.contextlib.nullcontext())
+    loss.backward()
+    alone = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in policy.parameters()])
+    assert alone.norm() > 0.01 and torch.allclose(with_it - without, alone, atol=1e-5)
+    assert row["loss/ptx"] == pytest.approx(loss.item(), abs=1e-6)
 
 
 # --- reward models, DPO, GRPO
@@ -553,7 +611,7 @@ def test_an_update_adds_the_gradient_of_keeping_skills():
 def test_a_reward_model_recovers_a_hidden_score():
     """Pairs ranked by a hidden linear score of their tokens: held-out accuracy and correlation above 0.9."""
     torch.manual_seed(0)
-    worth, model = torch.randn(12), RewardModel(toy(12, emb_dim=32).gpt)
+    worth, model = torch.randn(12), RewardModel(toy(12, emb_dim=32))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
     def batch(n):
@@ -573,24 +631,19 @@ def test_a_reward_model_recovers_a_hidden_score():
         assert torch.corrcoef(both)[0, 1] > 0.9
 
 
-def test_normalised_scores_have_mean_0_and_deviation_1_and_the_old_ranking():
+def test_normalized_scores_have_mean_0_and_deviation_1_and_the_old_ranking():
     """On the samples themselves exactly, on fresh ones of the same policy within chance; order and margins' signs stay."""
-    torch.manual_seed(0)
-    policy, config = toy(8, sharp=10), options(response_length=8)
-    model = RewardModel(toy(8, seed=3).gpt)
-    draw = lambda seed: rollout(policy, config, ["ab"] * 300, seed=seed)[0]  # noqa: E731
-    first, fresh = draw(1), draw(2)
+    policy, model = toy(8, sharp=10), RewardModel(toy(8, seed=3))
+    first, fresh = (rollout_of(policy, ["ab"] * 300, seed, options(response_length=8))[0] for seed in (1, 2))
     with torch.no_grad():
         raw = model(first.ids, first.mask)
-        model.normalise(raw)
+        model.normalize(raw)
         scaled, other = model(first.ids, first.mask), model(fresh.ids, fresh.mask)
     assert scaled.mean().item() == pytest.approx(0, abs=1e-4) and scaled.std().item() == pytest.approx(1, abs=1e-4)
     assert abs(other.mean().item()) < 3 / math.sqrt(300) * other.std().item() and other.std().item() == pytest.approx(1, abs=0.15)
     assert torch.equal(raw.argsort(stable=True), scaled.argsort(stable=True))
-    model.undo_normalise()
-    assert torch.equal(model(first.ids, first.mask), raw)
     with pytest.raises(ValueError, match="same score"):
-        model.normalise(torch.ones(5))
+        model.normalize(torch.ones(5))
 
 
 def test_dpo_implies_the_true_reward_on_a_bandit():
@@ -615,83 +668,42 @@ def test_dpo_implies_the_true_reward_on_a_bandit():
     assert F.kl_div(best, torch.log_softmax(logits.detach(), 0), log_target=True, reduction="sum").item() < 0.002
 
 
-def test_a_group_of_equal_rewards_teaches_nothing():
-    """GRPO without a KL term: the gradient is 0 for groups whose scores are all equal."""
-    policy, config = toy(sharp=10), options(response_length=5, group=4, ppo_epochs=1)
-    episodes, _ = rollout(policy, config, reward=lambda p, r: [1.0] * len(r), num_samples=4)
-    advantages, returns = rlhf.advantages_and_returns(episodes, 0.0, config, "grpo")
-    assert returns is None and advantages.shape == episodes.response_mask.shape
-    largest = []
-    rlhf.improve(policy, episodes, advantages, returns, 0.0, config, lambda loss: (largest.append(
-        max(p.grad.abs().max().item() for p in policy.gpt.parameters())), 0.0))
-    assert largest == [0.0]
+def test_a_group_of_equal_rewards_teaches_nothing(tmp_path):
+    """GRPO without a KL term: the gradient is 0 for groups whose scores are all equal, whatever their size."""
+    gradients, rollout, row = first_update(toy(sharp=10), tmp_path, ["ab"], lambda p, r: [98765.4] * len(r), stage="grpo",
+                                           batch_size=4, group=4, kl_coef=0.0)
+    assert len(rollout.ids) == 4 and "loss/value" not in row
+    assert max(gradient.abs().max().item() for gradient in gradients) == 0.0
 
 
-def test_pieces_of_a_batch_give_the_gradient_of_the_whole():
-    """Responses of unequal length in 1, 2 and 4 pieces: the same loss, gradients and metrics, for policies and rewards."""
-    policy = toy(sharp=10).double()
-    episodes, _ = rollout(policy, options(response_length=7))
+def test_micro_batches_give_the_gradient_of_the_whole(tmp_path):
+    """Responses of unequal length in 1, 2 and 4 micro-batches: the same loss, gradients and metrics."""
     results = []
     for count in (1, 2, 4):
-        config, grads = options(response_length=7, accumulate=count, ppo_epochs=1), []
-        advantages, returns = rlhf.advantages_and_returns(episodes, 0.1, config, "ppo")
-        loss, metrics, _, _ = rlhf.improve(policy, episodes, advantages, returns, 0.1, config, lambda loss: (grads.extend(
-            p.grad.clone() for p in policy.parameters()), 0.0))
-        results.append((loss, metrics["loss/value"], grads))
-    for loss, value_loss, grads in results[1:]:
+        gradients, _, row = first_update(toy(sharp=10).double(), tmp_path, accumulate=count, response_length=7)
+        results.append((row["loss"], row["loss/value"], gradients))
+    for loss, value_loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0]) and value_loss == pytest.approx(results[0][1])
-        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(grads, results[0][2]))
-
-
-def test_the_objective_of_pairs_is_what_its_three_options_say():
-    """Comparisons with other prompts one by one, next tokens by the model's own logits; no option, no change."""
-    torch.manual_seed(0)
-    draw = lambda n: torch.randint(7, (n,)).tolist()  # noqa: E731
-    rows = [rlhf.Pair(draw(3 + i), draw(2 + i % 3) + [7], draw(5 - i % 4) + [7]) for i in range(5)]
-    model = RewardModel(toy(sharp=10).gpt, "mean")
-    with torch.no_grad():
-        model.head.weight *= 10
-        objective = lambda rows, **given: rlhf.pair_objective(model, rows, 7, options(**given)).item()  # noqa: E731
-        score = lambda p, r: model(torch.tensor([p + r]), None, len(r)).item()  # noqa: E731
-        pairs = [[math.log1p(math.exp(score(b.prompt, b.rejected) - score(a.prompt, a.chosen))) for b in rows]
-                 for a in rows]
-        own, all_of_them = sum(pairs[i][i] for i in range(5)) / 5, sum(map(sum, pairs)) / 25
-        assert abs(own - all_of_them) > 0.01
-        assert objective(rows) == pytest.approx(own, abs=1e-5)
-        assert objective(rows, cross=0.25) == pytest.approx(0.75 * own + 0.25 * all_of_them, abs=1e-5)
-        nats = [F.cross_entropy(model.gpt(torch.tensor([p + r]))[0, len(p) - 1 : -1], torch.tensor(r)).item()
-                for p, *answers in rows for r in answers]
-        assert objective(rows, lm_weight=0.5) == pytest.approx(own + 0.5 * sum(nats) / 10, abs=1e-5)
-        pieces = sum(objective(some, lm_weight=0.5) * share for some, share in rlhf.in_pieces(rows, 3))
-        assert pieces == pytest.approx(objective(rows, lm_weight=0.5), abs=1e-5)
-        blank = [rlhf.Pair(*([7] * len(ids) for ids in row)) for row in rows]
-        assert objective(rows, token_dropout=1.0) == pytest.approx(objective(blank), abs=1e-6) != objective(rows)
-
-
-def test_as_many_tokens_are_hidden_as_asked_for():
-    """A share of 0.3 within four standard errors, the others in their places, all of them with a share of 0."""
-    torch.manual_seed(0)
-    row = rlhf.Pair(*(torch.arange(n).tolist() for n in (1000, 2000, 3000)))
-    (found,) = rlhf.hide([row], 0.3, -1)
-    gone = sum(i == -1 for ids in found for i in ids)
-    assert abs(gone - 1800) < 4 * math.sqrt(6000 * 0.3 * 0.7)
-    assert all(i in (-1, place) for ids in found for place, i in enumerate(ids)) and rlhf.hide([row], 0.0, -1) == [row]
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(gradients, results[0][2]))
 
 
 def test_the_implied_reward_is_the_ratio_of_both_models():
-    """Margins of log(policy / start), token by token from the logits; none where the policy is its start."""
-    policy, start = toy(sharp=10, seed=1).gpt, toy(sharp=10).gpt
-    rows = [rlhf.Pair([1, 2], [3, 7], [4, 5, 7]), rlhf.Pair([6], [2, 2, 1, 7], [7])]
-    opened = lambda: contextlib.nullcontext(start)  # noqa: E731
+    """Margins of beta log(policy / start), token by token from the logits; none where the policy is its start."""
+    policy, start = toy(sharp=10, seed=1), toy(sharp=10)
+    rows = [Pair([1, 2], [3, 7], [4, 5, 7], {}), Pair([6], [2, 2, 1, 7], [7], {})]
 
     def said(model, p, r):
         logprobs = torch.log_softmax(model(torch.tensor([p + r]))[0], -1)
         return sum(logprobs[len(p) + i - 1, token].item() for i, token in enumerate(r))
 
+    def margin(model, row):
+        _, *packed = next(rlhf.pair_batches([row], 1, 0, "cpu"))
+        return rlhf.pair_loss(model, rlhf.reference_of(start), *packed, options(beta=1.0))[1]["rewards/margins"]
+
     ratio = lambda p, r: said(policy, p, r) - said(start, p, r)  # noqa: E731
     expected = [ratio(row.prompt, row.chosen) - ratio(row.prompt, row.rejected) for row in rows]
-    assert rlhf.implied_margins(policy, opened, rows, 7).tolist() == pytest.approx(expected, abs=1e-4)
-    assert max(map(abs, expected)) > 0.1 and rlhf.implied_margins(start, opened, rows, 7).abs().max() < 1e-5
+    assert [margin(policy, row) for row in rows] == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, expected)) > 0.1 and max(abs(margin(start, row)) for row in rows) < 1e-5
 
 
 # --- runs
@@ -719,25 +731,38 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-SMALL_RUN = ("--data pairs.json --init start.safetensors --response_length 8 --batch_size 8 --eval_prompts 4 "
-             "--test_prompts 6 --eval_every 2 --log_every 1 --warmup_steps 1").split()
+SMALL_RUN = {"data": "pairs.json", "init": "start.safetensors", "response_length": 8, "batch_size": 8, "eval_prompts": 4,
+             "test_prompts": 6, "eval_every": 2, "log_every": 1, "warmup_steps": 1}
+
+
+def argv(command, *flags):
+    """Return a command line: small sizes, as far as the command reads them, and these flags."""
+    read = rlhf.COMMANDS[command].flags.split()
+    small = [word for name, value in SMALL_RUN.items() if name in read for word in (f"--{name}", str(value))]
+    return [command, *small, *map(str, flags)]
 
 
 def run(command, *flags, status=0):
     """Run rlhf.main with small sizes and return the summary of its folder, or None after a failure."""
-    assert rlhf.main([command, *SMALL_RUN, *map(str, flags)]) == status
+    assert rlhf.main(argv(command, *flags)) == status
     path = Path(f"out/{command}/summary.json")
     return json.loads(path.read_text(encoding="utf-8")) if status == 0 and path.exists() else None
+
+
+def logged(command):
+    """Return the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in open(f"out/{command}/metrics.jsonl", encoding="utf-8")]
 
 
 def test_reward_model_and_ppo_run_from_files(folder, capsys):
     """The reward model learns "please", its file scores text, and PPO against it writes all figures that are promised."""
     summary = run("reward", "--max_steps", 60, "--learning_rate", 3e-3)
     assert summary["accuracy"] == 1.0 and summary["val_loss"] < 0.3 and summary["accuracy_noise_free"] is None
-    for key in ("length_baseline_accuracy", "naive_bayes_accuracy", "calibration_error", "margin"):
+    for key in ("length_baseline_accuracy", "naive_bayes_accuracy", "margin"):
         assert isinstance(summary[key], float)
-    model, tokenizer, made = rlhf.load_reward_model("out/reward/model.safetensors")
-    score = rlhf.model_reward(model, tokenizer, made["template"])
+    assert summary["naive_bayes_accuracy"] == 1.0 and len(summary["accuracy_interval"]) == 2
+    model, tokenizer, info = rlhf.load_reward_model("out/reward/model.safetensors")
+    score = rlhf.model_reward(model, tokenizer, info["template"])
     polite, rude = score(["say cat dog"] * 2, ["cat please", "no dog"])
     assert polite > rude + 0.5
     with pytest.raises(ValueError, match="reward model"):
@@ -746,43 +771,70 @@ def test_reward_model_and_ppo_run_from_files(folder, capsys):
     for key in ("reward_before", "reward_after", "kl", "episodes_per_second"):
         assert math.isfinite(summary[key])
     assert summary["gold_before"] is None and summary["kl"] >= 0 and summary["episodes"] == 24
-    rows = [json.loads(line) for line in open("out/ppo/metrics.jsonl", encoding="utf-8")]
-    logged = set().union(*rows)
     assert {"objective/kl", "objective/scores", "objective/entropy", "policy/clipfrac", "policy/approxkl", "eps",
-            "val/explained_variance", "response_length", "val_reward"} <= logged
-    drawn = {path.name: path.read_text(encoding="utf-8") for path in Path("out/ppo").glob("*.svg")}
-    assert sorted(drawn) == [f"{name}.svg" for name in ("critic", "curves", "length", "objective", "policy", "speed")]
-    assert all(f"{name} " in drawn["objective.svg"] for name in ("objective/kl", "objective/scores", "objective/entropy"))
+            "val/explained_variance", "response_length", "val_reward"} <= set().union(*logged("ppo"))
+    assert [path.name for path in Path("out/ppo").glob("*.svg")] == ["curves.svg"]
     assert "->" in Path("out/ppo/samples.txt").read_text(encoding="utf-8")
     capsys.readouterr()
-    assert rlhf.main(["evaluate", *SMALL_RUN, "--checkpoint", "out/ppo/model.safetensors"]) == 0
-    table = capsys.readouterr().out
-    assert "best of 4" in table and "KL" in table and Path("out/ppo/evaluation.json").exists()
+    assert run("evaluate", "--checkpoint", "out/ppo/model.safetensors") is None
+    table = capsys.readouterr().out.splitlines()
+    assert "kl" in table[0] and table[1].startswith("start") and table[2].startswith("ppo")
+    written = json.loads(Path("out/ppo/evaluation.json").read_text(encoding="utf-8"))
+    assert written["prompts"] == 6 and set(written["rows"]["ppo"]) == {"reward", "kl", "length", "wins"}
 
 
-SCRATCH = "--init scratch --emb_dim 16 --n_layers 1 --n_heads 2 --vocab_size 280 --context_length 64".split()
+def test_everything_in_a_row(folder, capsys):
+    """`all` makes a reward model, a policy and the table; continued, it does nothing twice."""
+    flags = ("--max_steps", 1)
+    run("all", *flags)
+    for file in ("reward/model.safetensors", "ppo/summary.json", "ppo/evaluation.json"):
+        assert Path("out", file).exists()
+    command = json.loads(Path("out/ppo/summary.json").read_text())
+    assert command["steps"] == 1 and command["config"]["batch_size"] == 64 and "rlhf.py all" in command["command"]
+    capsys.readouterr()
+    run("all", *flags, "--resume")
+    assert capsys.readouterr().err.count("nothing to do") == 2
 
 
-def test_a_blind_reward_model_from_scratch_learns_the_manner_alone(folder):
-    """It begins with fresh weights and its own byte pairs, tells "please" from "no", and no prompt changes a score."""
-    run("reward", *SCRATCH, "--head", "mean", "--blind", "--cross", 0.5, "--lm_weight", 0.3, "--token_dropout", 0.1,
-        "--max_steps", 40, "--learning_rate", 1e-2)
-    model, tokenizer, made = rlhf.load_reward_model("out/reward/model.safetensors")
-    assert json.loads(Path("out/reward/summary.json").read_text(encoding="utf-8"))["accuracy"] == 1.0
-    assert tokenizer.vocab_size <= 280 and model.gpt.config.emb_dim == 16 and made["blind"]
-    score = rlhf.load_reward("out/reward/model.safetensors", "cpu")
-    polite, same, rude = score(["say cat dog", "hen? hen!", "say cat dog"], ["cat please", "cat please", "no dog"])
-    assert polite == same > rude + 0.5
+@pytest.mark.parametrize("head", rlhf.HEADS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_reward_models_come_back_from_their_file(folder, head, tied):
+    """The same scores from the file; a head tied to the embeddings is stored once; a foreign kind of head is refused."""
+    tokenizer = gpt.load_checkpoint("start.safetensors")[1]
+    model = RewardModel(gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 48, 16, 2, 2, tie_weights=tied)), head).eval()
+    model.normalize(torch.tensor([1.0, 2.0, 4.0]))
+    gpt.save_checkpoint("reward.safetensors", model, tokenizer, kind="reward", head=head, template="plain")
+    again, _, info = rlhf.load_reward_model("reward.safetensors")
+    ids = torch.randint(20, (3, 9))
+    assert torch.equal(again(ids), model(ids)) and info["head"] == head
+    assert ("gpt.out_head.weight" in gpt.read_safetensors("reward.safetensors")[0]) == (not tied)
+    gpt.save_checkpoint("other.safetensors", model, tokenizer, kind="reward", head="mean", template="plain")
+    with pytest.raises(ValueError, match="python rlhf.py reward"):
+        rlhf.load_reward_model("other.safetensors")
 
 
-def test_a_policy_from_scratch_learns_to_write_and_dpo_goes_on_from_there(folder, capsys):
-    """SFT makes the start that DPO then turns against the rejected answers; held-out pairs show that it did."""
-    run("dpo", *SCRATCH, "--loss", "sft", "--max_steps", 30, "--learning_rate", 1e-2, "--out_dir", "out/start")
-    start = ("--init", "out/start/model.safetensors")
-    summary = run("dpo", *start, "--max_steps", 30, "--learning_rate", 1e-2)
-    assert summary["pair_accuracy"] == 1.0 and "than the start did in 100.0%" in capsys.readouterr().out
-    summary = run("dpo", *start, "--max_steps", 1, "--learning_rate", 0.0, "--fresh")  # learns nothing: margins of 0
-    assert summary["pair_accuracy"] == 0.5 and "than the start did in 50.0%" in capsys.readouterr().out
+def test_a_reward_model_of_the_first_edition_is_read(folder):
+    """Its file says `made` for `info`; a tied head is not in it."""
+    model, tokenizer, _ = gpt.load_checkpoint("start.safetensors")
+    reward = RewardModel(model, "likelihood").eval()
+    tensors = {name: tensor for name, tensor in reward.state_dict().items() if not name.startswith("gpt.out_head.")}
+    made = {"kind": "reward", "head": "likelihood", "stage": "reward", "step": 1, "template": "plain", "blind": False}
+    gpt.write_safetensors("old.safetensors", tensors, {
+        "kind": "reward", "config": json.dumps(vars(model.config)), "made": json.dumps(made),
+        "tokenizer": json.dumps(tokenizer.to_dict())})
+    again, _, info = rlhf.load_reward_model("old.safetensors")
+    ids = torch.randint(20, (3, 9))
+    assert torch.equal(again(ids), reward(ids)) and info["template"] == "plain"
+
+
+def test_preferences_by_coin_teach_nothing(folder):
+    """The control: a file in which a coin decides. On held-out pairs the reward model is right half of the time."""
+    rng = random.Random(0)
+    pairs = [{"prompt": f"say {a} {b}", "response_1": f"{a} please", "response_2": f"no {b}", "preferred": rng.choice((1, 2))}
+             for a, b in itertools.permutations(WORDS, 2)]
+    Path("coins.json").write_text(json.dumps(pairs), encoding="utf-8")
+    summary = run("reward", "--data", "coins.json", "--max_steps", 30, "--learning_rate", 3e-3)
+    assert abs(summary["accuracy"] - 0.5) < 0.3 and summary["test_loss"] > 0.6
 
 
 def weights(path):
@@ -791,12 +843,12 @@ def weights(path):
     digest = hashlib.sha256()
     for name in sorted(state["model"]):
         digest.update(name.encode() + gpt.tensor_bytes(state["model"][name].contiguous()))
-    return digest.hexdigest(), state["progress"]["kept"]["kl_coef"]
+    return digest.hexdigest(), state["progress"]["extra"]["kl_coef"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora_rank", 2)])
 def test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits(folder, capsys, flags):
-    """Policy, critic, optimizer, KL coefficient, random numbers and data position: as if nothing had happened."""
+    """Policy, value head, optimizer, KL coefficient, random numbers and data position: as if nothing had happened."""
     (folder / "failing.py").write_text(
         "import os\nfrom mine import length\ncalls = []\n\ndef reward(prompts, responses):\n    calls.append(1)\n"
         "    if os.path.exists('broken') and len(calls) == 5:\n        raise OSError('the server is away')\n"
@@ -806,80 +858,104 @@ def test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits(
     Path("broken").touch()
     run("ppo", *flags, "--out_dir", "stopped", status=1)  # calls: the evaluation at 0, steps 1 and 2, evaluation, step 3
     assert "OSError: the server is away" in capsys.readouterr().err
-    assert train.read_state("stopped/state.pt")["step"] == 2
+    assert train.read_state("stopped/state.pt")["progress"]["step"] == 2
     Path("broken").unlink()
     run("ppo", *flags, "--out_dir", "stopped", "--resume")
     run("ppo", *flags, "--out_dir", "whole")
-    assert weights("stopped/state.pt") == weights("whole/state.pt") and weights("whole/state.pt")[1] != 0.05
+    assert weights("stopped/state.pt") == weights("whole/state.pt") and weights("whole/state.pt")[1] != 0.2
     files = [gpt.read_safetensors(f"{name}/model.safetensors")[1]["data_sha256"] for name in ("stopped", "whole")]
     assert files[0] == files[1]
-    assert rlhf.main(["ppo", *SMALL_RUN, *map(str, flags), "--out_dir", "whole", "--resume"]) == 0
+    assert rlhf.main(argv("ppo", *flags, "--out_dir", "whole", "--resume")) == 0
     assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reward", "dpo", "grpo"])
+def test_a_stopped_run_ends_with_the_same_bits(folder, stop_after, command):
+    """Stopped by a signal at the second step and continued: the state of a run that was never stopped."""
+    flags = {"reward": (), "dpo": ("--lora_rank", 2), "grpo": ("--reward", "mine:length", "--group", 4)}[command]
+    flags = (*flags, "--max_steps", 4, "--learning_rate", 1e-2)
+    with stop_after(2):
+        run(command, *flags, "--out_dir", "stopped", status=143)
+    assert train.read_state("stopped/state.pt")["progress"]["step"] == 2
+    run(command, *flags, "--out_dir", "stopped", "--resume")
+    run(command, *flags, "--out_dir", "whole")
+    states = [train.read_state(f"{name}/state.pt") for name in ("stopped", "whole")]
+    assert all(torch.equal(tensor, states[1]["model"][name]) for name, tensor in states[0]["model"].items())
+    assert torch.equal(states[0]["rng"], states[1]["rng"])
+
+
+def test_another_reward_model_is_another_run(folder, capsys):
+    """A run is not continued against a reward model that was trained anew since."""
+    run("reward", "--max_steps", 2)
+    flags = ("--max_steps", 2, "--save_every", 1)
+    run("ppo", *flags)
+    Path("out/ppo/summary.json").unlink()
+    run("reward", "--max_steps", 3, "--fresh")
+    run("ppo", *flags, "--resume", status=1)
+    assert "other data" in capsys.readouterr().err
 
 
 def test_a_policy_with_dropout_begins_at_its_start(folder):
     """Evaluated before the first step it is 0 nats away: neither side drops anything."""
     run("ppo", "--reward", "mine:length", "--max_steps", 1, "--drop_rate", 0.5)
-    with open("out/ppo/metrics.jsonl", encoding="utf-8") as log:
-        first = json.loads(log.readline())
+    first = next(row for row in logged("ppo") if "val_kl" in row)
     assert first["step"] == 0 and first["val_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_run_that_was_killed_shows_each_sample_once(folder, monkeypatch):
-    """Killed between an evaluation and the save behind it, then resumed: samples.txt is that of a run never stopped."""
+    """Killed between an evaluation and the save after it, then resumed: samples.txt is that of a run never stopped."""
     flags = ("--reward", "mine:length", "--max_steps", 4, "--save_every", 0)
     run("ppo", *flags, "--out_dir", "whole")
+    looks = []
 
-    def killed(run):
-        if run.step == 2:
+    def killed(stop):
+        looks.append(1)
+        if len(looks) == 2:
             raise OSError("the power went")
+        return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "end_step", killed)
+        patch.setattr(train.Stop, "__bool__", killed)
         run("ppo", *flags, "--out_dir", "killed", status=1)
     run("ppo", *flags, "--out_dir", "killed", "--resume")
     whole, killed = (Path(name, "samples.txt").read_text(encoding="utf-8") for name in ("whole", "killed"))
     assert killed == whole and whole.count("--- step ") == 3
 
 
-def test_a_run_that_its_kl_ended_stays_ended(folder, monkeypatch):
-    """Killed while the figures at the end were made, then resumed: no further step, as in a run never killed."""
-    flags = ("--reward", "mine:length", "--max_steps", 12, "--learning_rate", 2e-2, "--max_kl", 0.02, "--kl_coef", 0)
-
-    def killed(*args):
-        raise OSError("the power went")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rlhf, "finish_policy", killed)
-        run("ppo", *flags, status=1)
-    ended = train.read_state("out/ppo/state.pt")["step"]
-    assert ended < 12 and run("ppo", *flags, "--resume")["steps"] == ended
-    assert run("ppo", *flags, "--fresh")["steps"] == ended
-
-
 def test_a_file_is_divided_alike_whatever_the_seed(folder):
-    """So no policy is tested on prompts that its reward model learned from; --split_seed -1 divides by --seed."""
-    divided = [[{pair["prompt"] for pair in part} for part in rlhf.load_pairs(rlhf.Config(
-        data="pairs.json", seed=seed, split_seed=split))] for split in (1234, -1) for seed in (1, 2)]
-    assert divided[0] == divided[1] and divided[2] != divided[3]
+    """So no policy is tested on prompts that its reward model learned from; --split_seed divides otherwise."""
+    divided = [[{pair["prompt"] for pair in part} for part in rlhf.load_pairs(Config(
+        data="pairs.json", seed=seed, split_seed=split))] for seed, split in ((1, 1234), (2, 1234), (1, 1))]
+    assert divided[0] == divided[1] != divided[2]
     assert all(not a & b for parts in divided for a, b in itertools.combinations(parts, 2))
+    prompts = [{pair["prompt"] for pair in part} for part in rlhf.load_pairs(Config(data="pairs.json"), answers=False)]
+    assert prompts == divided[0]
 
 
-def test_with_lora_the_start_is_the_model_with_its_adapters_off(folder):
+def test_a_policy_of_another_division_is_noted(folder, capsys):
+    """Tested on what it may have been trained on: a line on stderr, which the right --split_seed does without."""
+    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--split_seed", 7)
+    capsys.readouterr()
+    for flags, noted in (((), True), (("--split_seed", 7), False)):
+        run("evaluate", *flags)
+        assert ("--split_seed 7" in capsys.readouterr().err) == noted
+
+
+def test_with_lora_the_reference_is_the_model_with_its_adapters_off(folder):
     """One copy of the weights: the reference is the same object; switched off it is the start to the bit after training."""
     model, _, _ = gpt.load_checkpoint("start.safetensors")
     ids = torch.randint(20, (2, 10))
     with torch.no_grad():
         before = model(ids)
     apply_lora(model, 2)
-    start = rlhf.start_of(model)
+    reference = rlhf.reference_of(model)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_()
-    with torch.no_grad(), start() as reference:
-        assert reference is model and torch.equal(reference(ids), before)
+    with torch.no_grad(), reference() as start:
+        assert start is model and torch.equal(start(ids), before)
     assert not torch.allclose(model(ids), before)
-    with rlhf.start_of(model)() as frozen:  # adapters that were trained before are part of the start
+    with rlhf.reference_of(model)() as frozen:  # adapters that were trained before are part of the start
         assert frozen is not model and torch.equal(frozen(ids), model(ids))
 
 
@@ -894,43 +970,124 @@ def test_a_lora_run_leaves_an_adapter_and_a_merged_model(folder):
     assert torch.allclose(merged(ids), adapted(ids), atol=1e-5)
 
 
+def test_a_reward_model_with_adapters_is_saved_merged(folder):
+    """Trained by adapters and head alone, its file scores as a reward model of its own."""
+    summary = run("reward", "--epochs", 4, "--lora_rank", 4, "--learning_rate", 1e-2)
+    assert summary["accuracy"] == 1.0 and Path("out/reward/adapter").is_dir()
+    assert not any("lora" in name for name in gpt.read_safetensors("out/reward/model.safetensors")[0])
+
+
 def test_dpo_and_grpo_runs_begin_where_they_should(folder):
     """DPO's first loss is ln 2 and falls, margins grow; GRPO trains no value head; SFT on the chosen runs."""
     run("dpo", "--epochs", 3, "--learning_rate", 1e-2)
-    rows = [json.loads(line) for line in open("out/dpo/metrics.jsonl", encoding="utf-8")]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in logged("dpo") if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.3
     for key in ("rewards/margins", "val_rewards/margins"):
-        assert [row[key] for row in rows if key in row][-1] > 1
-    assert ">margin " in Path("out/dpo/margins.svg").read_text(encoding="utf-8")
+        assert [row[key] for row in logged("dpo") if key in row][-1] > 1
+    assert [row["val_rewards/accuracies"] for row in logged("dpo") if "val_loss" in row][-1] == 1.0
+    assert ">val_rewards/margins " in Path("out/dpo/curves.svg").read_text(encoding="utf-8")
     summary = run("grpo", "--reward", "mine:length", "--max_steps", 2, "--group", 4)
     assert summary["trainable_parameters"] == sum(p.numel() for p in gpt.load_checkpoint("start.safetensors")[0].parameters())
     assert run("dpo", "--loss", "sft", "--max_steps", 3, "--fresh")["kl"] > 0
 
 
-def test_seeds_give_mean_and_spread(folder, capsys):
-    """Two seeds: the second in a folder of its own, figures with _mean and _std in the first's summary."""
-    summary = run("reward", "--max_steps", 3, "--seeds", 2)
-    second = json.loads(Path("out/reward/seed1235/summary.json").read_text(encoding="utf-8"))
-    assert summary["accuracy_mean"] == pytest.approx((summary["accuracy"] + second["accuracy"]) / 2)
-    assert summary["accuracy_std"] >= 0 and "accuracy" in capsys.readouterr().out
-    assert run("reward", "--max_steps", 3, "--seeds", 2, "--resume") == summary
+def test_ppo_and_grpo_take_prompts_without_answers(folder):
+    """A file of prompts alone and a Python reward; the ptx loss has nothing to write then, and DPO refuses the file."""
+    prompts = [{"prompt": f"say {a} {b}"} for a, b in itertools.islice(itertools.permutations(WORDS, 2), 60)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    for command, flags in (("grpo", ("--group", 4)), ("ppo", ())):
+        run(command, "--data", "prompts.jsonl", "--reward", "mine:length", "--max_steps", 1, *flags)
+        assert not any("loss/ptx" in row for row in logged(command))
+    run("dpo", "--data", "prompts.jsonl", status=1)
+    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--fresh")
+    assert any("loss/ptx" in row for row in logged("ppo"))  # the control: pairs have answers
 
 
-@pytest.mark.parametrize("answer, wins", [("", 1.0), ("x" * 60, 0.0)])
-def test_stored_responses_are_the_opponent(answer, wins, folder):
-    """By length: all prompts answered, half of them, or none; each of the first 3 is compared with its own opponent."""
-    rows = [{"instruction": row["prompt"], "input": "", "response": answer} for row in json.loads(Path("pairs.json").read_text())]
-    rows = [{**row, "response": row["response"] or "a"} for row in rows]
-    flags = ["--checkpoint", "start.safetensors", "--reward", "mine:length", "--against", "stored.json", "--test_prompts", 3,
-             "--best_of", 1]
-    for stored in (rows, rows[::2]):
-        Path("stored.json").write_text(json.dumps(stored), encoding="utf-8")
-        run("evaluate", *flags)
-        table = json.loads(Path("evaluation.json").read_text(encoding="utf-8"))
-        assert 0 < table["prompts"] <= 3 and table["rows"]["start"]["wins"][0] == pytest.approx(wins, abs=0.01)
-    Path("stored.json").write_text(json.dumps([{**rows[0], "instruction": "other"}]), encoding="utf-8")
+def test_a_sparse_reward_may_begin_at_zero(folder, capsys):
+    """0 for all responses of the start is a warning; another constant is an error, see the mistakes below."""
+    (folder / "mine.py").write_text("def rare(prompts, responses):\n    return [float('zzzz' in r) for r in responses]\n")
+    assert run("ppo", "--reward", "mine:rare", "--max_steps", 1)["reward_before"] == 0
+    assert "warning: all 4 rewards are 0" in capsys.readouterr().err
+
+
+# --- pairs that teach nothing, few prompts, few figures
+
+
+def test_pairs_that_are_equal_after_truncation_are_dropped_and_counted(folder, capsys):
+    """They differ in their first words and share a long end; where all do, there is nothing to train on."""
+    rows = json.loads(Path("pairs.json").read_text(encoding="utf-8"))
+    end = " and so on" * 6
+    long = [{**row, "response_1": row["response_1"] + end, "response_2": row["response_2"] + end} for row in rows]
+    Path("some.json").write_text(json.dumps(long[:20] + rows[20:]), encoding="utf-8")
+    Path("all.json").write_text(json.dumps(long), encoding="utf-8")
+    run("dpo", "--data", "some.json", "--max_steps", 1)
+    dropped = [int(line.split()[0]) for line in capsys.readouterr().err.splitlines() if "equal answers" in line]
+    assert 15 <= sum(dropped) <= 20  # those of the test part are prompts only
+    run("dpo", "--data", "all.json", "--max_steps", 1, "--out_dir", "none", status=1)
+    said = capsys.readouterr().err
+    assert "equal answers within 48 tokens" in said and "--context_length" in said and not Path("none").exists()
+    pair = {"prompt": "say", "chosen": "a", "rejected": "a"}
+    with pytest.raises(ValueError, match="all 1 pairs"):
+        rlhf.encode_pairs([pair], gpt.load_checkpoint("start.safetensors")[1], "plain", 48)
+
+
+def test_a_reward_model_trains_with_one_validation_prompt(folder, monkeypatch, capsys):
+    """20 prompts with 10 pairs each: one of them validates, so several responses to it set mean and deviation."""
+    rows = [{"prompt": f"say {word}", "chosen": f"{word} please {i}".translate({48 + d: 97 + d for d in range(10)}),
+             "rejected": f"no {word}"} for word in [*WORDS, "cow", "rat", "bat", "elk"] for i in range(10)]
+    Path("few.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert len({pair["prompt"] for pair in rlhf.load_pairs(Config(data="few.json"))[1]}) == 1
+    assert math.isfinite(run("reward", "--data", "few.json", "--max_steps", 2)["val_loss"])
+    model, *_ = rlhf.load_reward_model("out/reward/model.safetensors")
+    assert math.isfinite(model.gain.item())
+    real = rlhf.sample_responses
+    monkeypatch.setattr(rlhf, "sample_responses", lambda *args, **named: (real(*args, **named)[0], ["same"] * 64))
+    capsys.readouterr()
+    run("reward", "--data", "few.json", "--max_steps", 2, "--out_dir", "none", status=1)
+    assert "only validation prompt" in capsys.readouterr().err and not Path("none").exists()
+
+
+def test_evaluation_of_one_prompt_is_json(folder):
+    """There is no interval of one value: null, and no Infinity, which other readers of JSON refuse."""
+    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--test_prompts", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("evaluate", "--reward", "mine:length", "--test_prompts", 1)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    for file in ("summary.json", "evaluation.json"):
+        found = json.loads(Path("out/ppo", file).read_text(encoding="utf-8"), parse_constant=refuse)
+    assert found["rows"]["ppo"]["reward"][1] is None and found["rows"]["ppo"]["reward"][0] >= 0
+
+
+def test_the_table_is_written_before_the_judge_is_asked(folder, monkeypatch, capsys):
+    """No server: an error, but everything that was sampled and scored is there. With one, its win rate is added."""
+    run("ppo", "--reward", "mine:length", "--max_steps", 2, "--learning_rate", 1e-2, "--kl_coef", 0)
+    flags = ("--reward", "mine:length", "--judge", "http://127.0.0.1:9/v1", "--judge_examples", 2)
+
+    def away(*args, **named):
+        raise OSError("no judge there")
+
+    monkeypatch.setattr(finetune_sft, "ask_judge", away)
+    capsys.readouterr()
     run("evaluate", *flags, status=1)
+    out, err = capsys.readouterr()
+    assert "ppo" in out and "no judge there" in err
+    table = json.loads(Path("out/ppo/evaluation.json").read_text(encoding="utf-8"))
+    assert set(table["rows"]["ppo"]) == {"reward", "kl", "length", "wins"} and len(table["samples"]) == 6
+    asked = []
+
+    def obey(ask, prompt, reference, first, second):
+        asked.append((prompt, reference))
+        return "win" if len(asked) == 1 else "tie"
+
+    monkeypatch.setattr(finetune_sft, "judge_preference", obey)
+    run("evaluate", *flags)
+    table = json.loads(Path("out/ppo/evaluation.json").read_text(encoding="utf-8"))
+    assert table["rows"]["ppo"]["judge"][0] == 0.75 and "judge" not in table["rows"]["start"]
+    assert len(asked) == 2 and asked[0][0].startswith("say ") and asked[0][1].endswith("please")
 
 
 # --- rating
@@ -941,63 +1098,57 @@ def type_in(monkeypatch, *lines):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
 
 
-def test_a_person_rates_undoes_stops_and_goes_on(folder, monkeypatch, capsys):
-    """Six keystrokes leave what they say on disk; a cut last line is dropped; the next session goes on with new prompts."""
-    type_in(monkeypatch, "1", "x", "2", "u", "t", "s", "q")
+def ratings(path="r/ratings.jsonl"):
+    """Return the rows of a file of ratings."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_a_person_rates_stops_and_goes_on(folder, monkeypatch, capsys):
+    """What is typed is on disk, a skipped prompt comes again, and --data reads the file."""
+    type_in(monkeypatch, "1", "x", "2", "s", "", "q")
     assert run("rate", "--ratings", "r/ratings.jsonl") is None
-    kept, undecided = (Path(f"r/ratings{end}.jsonl").read_text(encoding="utf-8").splitlines() for end in ("", ".undecided"))
-    assert [json.loads(row)["preferred"] for row in kept] == [1]
-    assert [json.loads(row)["preferred"] for row in undecided] == ["tie", "skip"]
-    assert "1 preferences, 1 ties, 1 skipped" in capsys.readouterr().out
-    with open("r/ratings.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"prompt": "cut by a pow')
+    assert [row["preferred"] for row in ratings()] == [1, 2] and "2 ratings" in capsys.readouterr().out
     type_in(monkeypatch, *"2" * 5)  # and the end of the input
     run("rate", "--ratings", "r/ratings.jsonl")
-    rows = [json.loads(line) for line in open("r/ratings.jsonl", encoding="utf-8")]
-    assert [row["preferred"] for row in rows] == [1, 2, 2, 2, 2, 2]
-    prompts = [row["prompt"] for row in rows] + [json.loads(row)["prompt"] for row in undecided]
-    assert len(set(prompts)) == len(prompts) and len(data.read_preferences("r/ratings.jsonl")) == 6
+    assert [row["preferred"] for row in ratings()] == [1, 2, 2, 2, 2, 2, 2]
+    prompts = [row["prompt"] for row in ratings()]
+    assert len(set(prompts)) == len(prompts) and len(data.read_preferences("r/ratings.jsonl")) == 7
 
 
-def test_ratings_behind_an_odd_line_end_are_not_lost(tmp_path):
-    """U+2028 and U+0085 stand in a row as they are, and end no line."""
-    prompts = ["plain", "a line\u2028separator", "next\u0085line", "after"]
-    ratings = rlhf.Ratings(tmp_path / "ratings.jsonl")
-    for prompt in prompts:
-        ratings.add({"prompt": prompt, "preferred": 1})
-    assert [row["prompt"] for row in rlhf.Ratings(tmp_path / "ratings.jsonl").rows] == prompts
+def test_no_rating_is_ever_deleted(folder, monkeypatch, capsys):
+    """A last line without an end stays and is a line of its own; odd line ends stand in a row; other files are refused."""
+    row = {"prompt": "a line\u2028separator, next\u0085line", "response_1": "a", "response_2": "b", "preferred": 1}
+    Path("r.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    type_in(monkeypatch, "1", "2", "q")
+    run("rate", "--ratings", "r.jsonl")
+    assert ratings("r.jsonl")[0] == row and [one["preferred"] for one in ratings("r.jsonl")] == [1, 1, 2]
+    for name, text in {"list.json": json.dumps([row]), "list.jsonl": json.dumps([row]), "cut.jsonl": '{"prompt": "cu',
+                       "pretty.jsonl": json.dumps([row], indent=1), "other.jsonl": '{"text": "a"}\n'}.items():
+        Path(name).write_text(text, encoding="utf-8")
+        capsys.readouterr()
+        run("rate", "--ratings", name, status=2 if name == "list.json" else 1)
+        assert name in capsys.readouterr().err and Path(name).read_text(encoding="utf-8") == text
 
 
-def test_undo_goes_past_equal_answers(folder, monkeypatch):
-    """Two equal answers are a tie that nobody is asked about; behind them undo asks for the pair before once more."""
-    pairs = (("a", "b"), ("c", "c"), ("d", "e"))
-    monkeypatch.setattr(rlhf, "offers", lambda models, prompts, *rest: (
-        (prompt, [(text, "start") for text in pair]) for prompt, pair in zip(prompts, pairs)))
-    type_in(monkeypatch, "1", "u", "2", "1", "q")
-    monkeypatch.setattr(rlhf, "make_prompts", lambda *given, made=rlhf.make_prompts: made(*given)[:3])
-    run("rate", "--ratings", "r/ratings.jsonl")
-    rows = [json.loads(line) for end in ("", ".undecided") for line in open(f"r/ratings{end}.jsonl", encoding="utf-8")]
-    assert [(row["response_1"], row["preferred"]) for row in rows] == [("a", 2), ("d", 1), ("c", "tie")]
-
-
-def test_two_models_are_compared_blind_and_a_judge_can_do_it(folder, monkeypatch, capsys):
-    """The order is drawn anew for each prompt, the file says who wrote what, and a judge that likes length is obeyed."""
+def test_two_models_are_compared_blind(folder, monkeypatch):
+    """The order is drawn anew for each prompt, and the file says who wrote what."""
     model, tokenizer, _ = gpt.load_checkpoint("start.safetensors")
     model.tok_emb.weight.data *= -50
     gpt.save_checkpoint("other.safetensors", model, tokenizer, template="plain")
+    type_in(monkeypatch, *"1" * 12)
+    run("rate", "--checkpoint", "other.safetensors", "--ratings", "r.jsonl")
+    writers = [(row["from_1"], row["from_2"]) for row in ratings("r.jsonl")]
+    assert len(writers) == 12 and all(set(two) == {"start.safetensors", "other.safetensors"} for two in writers)
+    assert 0 < sum(two[0] == "other.safetensors" for two in writers) < 12
 
-    def judge(address, prompt, **named):
-        first, second = (prompt.split(f"Answer {x}:\n")[1].split("\n====")[0] for x in "AB")
-        assert named["context"] == 700
-        return "A" if len(first) > len(second) else "B" if len(second) > len(first) else "tie"
 
-    monkeypatch.setattr(finetune_sft, "ask_judge", judge)
-    run("rate", "--checkpoint", "start.safetensors,other.safetensors", "--judge", "ollama", "--judge_context", 700,
-        "--ratings", "r.jsonl")
-    rows = [json.loads(line) for line in open("r.jsonl", encoding="utf-8")]
-    assert all((row["preferred"] == 1) == (len(row["response_1"]) > len(row["response_2"])) for row in rows)
-    assert {row["from_1"] for row in rows} == {"start.safetensors", "other.safetensors"}
-    assert "other.safetensors wins" in capsys.readouterr().out
+def test_rating_with_a_closed_stdin_is_one_line(folder):
+    """`rate <&-` has nobody to ask: status 1 and one line, and no file is made."""
+    script = Path(rlhf.__file__).resolve()
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' '{script}' {' '.join(argv('rate'))} <&-"], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "stdin is closed" in done.stderr
+    assert not Path("out/ratings").exists()
 
 
 # --- what a user can get wrong
@@ -1009,41 +1160,61 @@ def test_mistakes_get_one_line(folder, capsys):
     (folder / "bad.py").write_text(
         "def wrong_count(p, r):\n    return [1.0]\n\ndef nan(p, r):\n    return [float('nan')] * len(r)\n\n"
         "def same(p, r):\n    return [2.0] * len(r)\n\ndef words(p, r):\n    return ['good'] * len(r)\n")
-    for name, rows in {"equal.json": [{**row, "response_2": row["response_1"]} for row in good[:10]] + good,
-                       "three.json": [{**good[0], "preferred": 3}], "missing.json": [{"prompt": "a", "response_1": "b"}],
-                       "few.json": good[:2]}.items():
+    for name, rows in {"three.json": [{**good[0], "preferred": 3}], "few.json": good[:2], "nothing.json": [{"text": "a"}],
+                       "missing.json": [{"prompt": "a", "response_1": "b", "preferred": 1}]}.items():
         Path(name).write_text(json.dumps(rows), encoding="utf-8")
     gpt.save_checkpoint("other.safetensors", gpt.load_checkpoint("start.safetensors")[0],
                         CharTokenizer.train(["abcdefghijklmnopqrstuvwxyz \n?"], specials=True), template="plain")
-    base = SMALL_RUN[2:]
-    ppo = ["ppo", *SMALL_RUN, "--max_steps", "2"]
-    cases = [(["reward", "--data", "equal.json", *base], 1, "10 of 90 pairs"),
-             (["reward", "--data", "three.json", *base], 1, "'preferred' must be 1 or 2"),
-             (["reward", "--data", "missing.json", *base], 1, "response_2"),
-             (["grpo", *SMALL_RUN, "--reward", "mine:length", "--group", "3"], 2, "a multiple of --group 3"),
-             ([*ppo, "--reward", "mine.py:length"], 1, "so mine:length for a file mine.py"),
-             (["reward", "--data", "few.json", *base], 1, "too few"), (["reward", "--data", "no.json", *base], 1, "no.json"),
-             (["reward", *SMALL_RUN[:2]], 1, "python finetune_sft.py"), (ppo, 1, "python rlhf.py reward"),
+    ppo = argv("ppo", "--max_steps", 2)
+    cases = [(argv("reward", "--data", "three.json"), 1, "'preferred' must be 1 or 2"),
+             (argv("reward", "--data", "missing.json"), 1, "response_2"),
+             ([*ppo, "--data", "nothing.json"], 1, "'prompt' or 'instruction'"),
+             (argv("grpo", "--reward", "mine:length", "--group", 3), 2, "a multiple of --group 3"),
+             (argv("grpo", "--reward", "mine:length", "--group", 1), 2, "--group 1"),
+             ([*ppo, "--reward", "mine.py:length"], 1, "mine:length for mine.py"),
+             (argv("reward", "--data", "few.json"), 1, "too few"), (argv("reward", "--data", "no.json"), 1, "no.json"),
+             (["reward", "--data", "pairs.json"], 1, "python finetune_sft.py"), (ppo, 1, "python rlhf.py reward"),
              ([*ppo, "--reward", "start.safetensors"], 1, "no reward model"),
              ([*ppo, "--reward", "nothing:here"], 1, "module:function"), ([*ppo, "--reward", "bad:here"], 1, "here"),
              ([*ppo, "--reward", "bad:wrong_count"], 1, "1 scores for 4 responses"), ([*ppo, "--reward", "bad:nan"], 1, "nan"),
              ([*ppo, "--reward", "bad:words"], 1, "ValueError"), ([*ppo, "--reward", "bad:same"], 1, "are 2"),
-             ([*ppo, "--reward", "gold"], 1, "not a question"), ([*ppo, "--reward", "mine:length", "--response_length", "47"], 1,
-                                                                 "--response_length"),
-             ([*ppo, "--reward", "mine:length", "--init", "scratch"], 2, "--loss sft"),
-             (["reward", *SMALL_RUN, "--emb_dim", "64"], 2, "--init scratch"),
-             (["all", *SMALL_RUN, "--init", "scratch"], 2, "all goes on to ppo"),
-             (["all", *SMALL_RUN, "--seeds", "2"], 2, "leave it out with all"),
-             (["rate", *SMALL_RUN, "--checkpoint", "start.safetensors,other.safetensors"], 1,
-              "other.safetensors has another tokenizer than start.safetensors"),
-             (["reward", *SMALL_RUN, "--init", "scratch", "--lora_rank", "2"], 2, "leave one of the two out"),
-             ([*ppo, "--clip_ratio", "0"], 2, "clip_ratio"), ([*ppo, "--grpo", "2"], 2, "--group"), (["pppo"], 2, "unknown"),
-             (["evaluate", *SMALL_RUN], 1, "python rlhf.py ppo"), (["rate", *SMALL_RUN, "--checkpoint", "a,b,c"], 2, "one or two"),
-             (["evaluate", *SMALL_RUN, "--checkpoint", "none.safetensors"], 1, "none.safetensors"),
+             ([*ppo, "--reward", "gold"], 1, "not a question"),
+             ([*ppo, "--reward", "mine:length", "--response_length", "47"], 1, "--response_length"),
+             ([*ppo, "--reward", "mine:length", "--init", "scratch"], 1, "python finetune_sft.py"),
+             (argv("rate", "--checkpoint", "other.safetensors"), 1, "other.safetensors has another tokenizer"),
+             ([*ppo, "--clip_range", "0"], 2, "clip_range"), ([*ppo, "--grpo", "2"], 2, "--group"), (["pppo"], 2, "unknown"),
+             (argv("reward", "--group", 2), 2, "--group"), (argv("rate", "--batch_size", 2), 2, "--batch_size"),
+             (argv("evaluate"), 1, "python rlhf.py ppo"),
+             (argv("evaluate", "--checkpoint", "none.safetensors"), 1, "none.safetensors"),
              ([*ppo, "--reward", "mine:length", "--lora_rank", "999"], 2, "999")]
-    for argv, status, word in cases:
+    for words, status, word in cases:
         capsys.readouterr()
-        assert rlhf.main(argv) == status, argv
+        assert rlhf.main(words) == status, words
         lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert len(lines) == 1 and word in lines[0], (argv, lines)
+        assert len(lines) == 1 and word in lines[0], (words, lines)
     assert not list(folder.glob("out/*/state.pt")) and not Path("out/reward").exists()
+
+
+def test_every_command_lists_the_flags_that_it_reads_and_no_others(capsys):
+    """--help shows real defaults, and the module has at most 40 flags of its own."""
+    own = {name for command in rlhf.COMMANDS.values() for name in command.flags.split()}
+    own -= {field.name for field in rlhf.dataclasses.fields(train.AdapterOptions)}
+    assert len(own) <= 40
+    for command, shown, absent in (("ppo", ("--clip_range ", "default 160", "default 0.0003"), ("--beta", "--ratings")),
+                                   ("reward", ("--head", "default muon", "default 0.003"), ("--group", "--kl_coef")),
+                                   ("rate", ("--ratings",), ("--batch_size", "--learning_rate"))):
+        assert rlhf.main([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(word in text for word in shown) and not any(word in text for word in absent), command
+
+
+@pytest.mark.parametrize("size, rank, rate, optimizer", [(0, 0, 3e-3, "muon"), (0, 8, 3e-2, "adamw"), (3e8, 0, 1e-5, "adamw"),
+                                                         (3e8, 8, 1e-4, "adamw")])
+def test_the_default_rate_depends_on_the_size_of_the_start_and_on_adapters(size, rank, rate, optimizer, tmp_path):
+    """Muon for a small reward model, the rates of large models from 50 million parameters on, ten times with adapters."""
+    path = tmp_path / "start.safetensors"
+    with open(path, "wb") as file:
+        file.truncate(int(size))
+    found = rlhf.adjust("reward", Config(init=str(path), lora_rank=rank))
+    assert found == {"learning_rate": pytest.approx(rate), "optimizer": optimizer}
+    assert rlhf.adjust("ppo", Config(init="gpt2"))["learning_rate"] == 3e-6
