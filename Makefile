@@ -10,7 +10,7 @@ VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 
 .DEFAULT_GOAL := all
 .PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report real test test-all test-peers test-gpu bench bench-gpu clean
-# A stage that was interrupted goes on; one that is older than what it starts from is moved aside and made anew.
+# A stage that was interrupted is resumed; one that is older than what it starts from is moved aside and run again.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
 all: $(OUT)/report.html ## every stage on the built-in data, offline: about 15 min
@@ -33,12 +33,12 @@ pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 2 min
 $(OUT)/pretrain/summary.json: $(OUT)/tokenizer/tokenizer.json
 	$(PYTHON) train.py train --out_dir $(OUT)/pretrain --tokenizer $(OUT)/tokenizer/tokenizer.json $(AGAIN) $(ARGS)
 
-sample: $(OUT)/pretrain/sample.txt ## let the pretrained model write: 5 s
+sample: $(OUT)/pretrain/sample.txt ## text from the pretrained model: 5 s
 $(OUT)/pretrain/sample.txt: $(OUT)/pretrain/summary.json
 	$(PYTHON) gpt.py generate --checkpoint $(OUT)/pretrain/model.safetensors --num_samples 3 --max_new_tokens 80 > $@.tmp
 	mv $@.tmp $@ && cat $@
 
-classify: $(OUT)/cls/summary.json ## tell spam from the rest: 1 min
+classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 $(AGAIN) $(ARGS)
 
@@ -46,11 +46,11 @@ sft: $(OUT)/sft/summary.json ## answer instructions: 6 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
-lora: $(OUT)/lora/summary.json ## classify with adapters, against all weights: 0.5 min
-$(OUT)/lora/summary.json: $(OUT)/cls/summary.json
-	$(PYTHON) lora.py compare --full $(OUT)/cls --out_dir $(OUT)/lora $(AGAIN) --flags="--init $(OUT)/pretrain/model.safetensors --epochs 2 $(ARGS)"
+lora: $(OUT)/lora/summary.json ## the same with LoRA adapters: 0.5 min
+$(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
+	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 2 $(AGAIN) $(ARGS)
 
-rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and what it brought: 5 min
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 5 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 
@@ -60,7 +60,7 @@ rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too: 
 $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/sft/summary.json | $(OUT)/ppo/evaluation.json
 	$(PYTHON) rlhf.py $* --out_dir $(OUT)/$* --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors $(AGAIN) $(ARGS)
 
-report: $(OUT)/report.html ## what every stage did and how well, on one page: 5 s
+report: $(OUT)/report.html ## every stage's figures, as a table and a page: 5 s
 $(OUT)/report.html: $(OUT)/pretrain/sample.txt $(OUT)/cls/summary.json $(OUT)/lora/summary.json $(OUT)/sft/summary.json $(OUT)/ppo/evaluation.json
 	$(PYTHON) train.py report --out_dir $(OUT)
 
@@ -72,7 +72,7 @@ SIZE ?= gpt2
 JUDGE ?=
 REAL = $(OUT)/real/$(SIZE)
 SPAM = --data sms_spam --balance --init gpt2 --context_length 120 --batch_size 8 --epochs 5 --weight_decay 0.1 \
-	--schedule constant --warmup_steps 0 --clip 0 --drop_rate 0 --eval_every 130 --seed 123
+	--schedule constant --warmup_steps 0 --clip 0 --eval_every 130 --seed 123
 PAIRS = --data preferences --lora_rank 16
 
 real: $(REAL)/report.html ## the same on real data and GPT-2's weights: downloads, wants a GPU; SIZE=gpt2-medium
@@ -92,19 +92,22 @@ $(REAL)/data.here: $(REAL)/$(SIZE).checked $(REAL)/gpt2.checked
 
 # 124M from random weights on The Verdict, 10 epochs (untied in the book): training loss 0.57, best validation loss 6.12.
 $(REAL)/pretrain/summary.json: $(REAL)/data.here
-	$(PYTHON) train.py train --out_dir $(REAL)/pretrain --data verdict --tokenizer gpt2 --model gpt2 --context_length 256 --batch_size 2 --epochs 10 --max_steps 0 --optimizer adamw --learning_rate 4e-4 --schedule constant --warmup_steps 0 --clip 0 --eval_every 5 --sample_prompt "Every effort moves you" --seed 123 $(AGAIN)
+	$(PYTHON) train.py train --out_dir $(REAL)/pretrain --data verdict --tokenizer gpt2 --model gpt2 --context_length 256 --batch_size 2 --drop_rate 0.1 --epochs 10 --max_steps 0 --optimizer adamw --learning_rate 4e-4 --schedule constant --warmup_steps 0 --clip 0 --eval_every 5 --sample_prompt "Every effort moves you" --seed 123 $(AGAIN)
 
 # Last block, norm and head: 97.2 / 97.3 / 95.7% right in training, validation and test.
 $(REAL)/cls/summary.json: $(REAL)/data.here
 	$(PYTHON) finetune_cls.py train --out_dir $(REAL)/cls $(SPAM) --train_layers last-block --pooling position --learning_rate 5e-5 $(AGAIN)
 
 # All weights: 96.7% of the test; adapters of rank 16: 96.7%, with 2.7 million trainable numbers.
-$(REAL)/lora/summary.json: $(REAL)/data.here
-	$(PYTHON) lora.py compare --out_dir $(REAL)/lora --lora_rank 16 --flags="$(SPAM) --learning_rate 5e-5" --lora_flags="--lora_alpha 16 --learning_rate 8e-4" $(AGAIN)
+$(REAL)/full/summary.json: $(REAL)/data.here
+	$(PYTHON) finetune_cls.py train --out_dir $(REAL)/full $(SPAM) --pooling position --learning_rate 5e-5 $(AGAIN)
+
+$(REAL)/lora/summary.json: $(REAL)/full/summary.json
+	$(PYTHON) finetune_cls.py train --out_dir $(REAL)/lora $(SPAM) --pooling position --lora_rank 16 --lora_alpha 16 --learning_rate 8e-4 $(AGAIN)
 
 # gpt2-medium: losses 3.826 / 3.762 (training / validation) fall to 0.299 / 0.657 after two epochs.
 $(REAL)/sft/summary.json: $(REAL)/data.here
-	$(PYTHON) finetune_sft.py train --out_dir $(REAL)/sft --data instructions --init $(SIZE) --no-mask_prompt --batch_size 8 --epochs 2 --learning_rate 5e-5 --schedule constant --warmup_steps 0 --clip 0 --drop_rate 0 --eval_every 25 --seed 123 $(AGAIN)
+	$(PYTHON) finetune_sft.py train --out_dir $(REAL)/sft --data instructions --init $(SIZE) --no-mask_prompt --batch_size 8 --epochs 2 --learning_rate 5e-5 --schedule constant --warmup_steps 0 --clip 0 --eval_every 25 --seed 123 $(AGAIN)
 
 # gpt2-medium: llama3 grades its answers near 50 of 100 (47.7 to 51.8 in the book's variants).
 $(REAL)/sft/scores$(if $(JUDGE),.judged).txt: $(REAL)/sft/summary.json

@@ -1,4 +1,4 @@
-"""Nothing lost: 64 bad inputs, 24 faults, exact resume of four scripts, corruption, malicious files.
+"""Nothing lost: 64 bad inputs, 24 faults, exact resume of seven runs, corruption, malicious files.
 
 `INPUTS` and `FAULTS` name the test that holds each entry, in this file or another, or why there is nothing to hold.
 
@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -42,150 +43,142 @@ import train
 from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-HERE = "test_reliability"
-
-# What a user may give -> the tests that hold what the scripts answer, or "none: " and the reason.
-INPUTS = {
-    "1 empty text": "test_tokenizer::test_bad_files_get_one_line_and_leave_nothing_behind",
-    "2 folder or missing path": f"{HERE}::test_a_folder_or_nothing_where_a_file_is_wanted",
-    "3 byte that is no UTF-8": "test_tokenizer::test_the_offset_of_a_bad_byte_counts_from_the_start_of_the_file",
-    "4 UTF-16, byte order mark": "test_data::test_a_byte_order_mark_is_dropped_and_said_and_utf_16_refused",
-    "5 lone surrogate": "test_tokenizer::test_lone_surrogates_become_the_replacement_character",
-    "6 special token's name in a text": f"{HERE}::test_no_hostile_document_gives_a_special_id",
-    "7 id outside the vocabulary": "test_tokenizer::test_an_invalid_id_is_named_with_the_range",
-    "8 vocabulary too small or too large": "test_tokenizer::test_mistakes_get_one_line_and_the_right_status "
-                                           "test_tokenizer::test_training_stops_when_nothing_is_left_to_merge",
-    "9 vocabulary or merges damaged": f"{HERE}::test_damaged_or_foreign_merges_are_refused",
-    "10 merges of another vocabulary": f"{HERE}::test_damaged_or_foreign_merges_are_refused",
-    "11 a million equal characters": "test_tokenizer::test_a_million_equal_characters_train_and_encode_in_seconds",
-    "12 no network, no cache": f"{HERE}::test_without_network_what_needs_it_is_one_line_and_the_rest_runs",
-    "13 status 404 or 500": "test_data::test_a_download_that_fails_leaves_nothing_behind",
-    "14 login page with status 200": "test_data::test_a_download_that_fails_leaves_nothing_behind",
-    "15 body cut": "test_data::test_a_download_that_fails_leaves_nothing_behind",
-    "16 file:// and ftp://": "test_data::test_only_web_addresses_are_downloaded",
-    "17 zip with members that lead out": "test_data::test_of_a_zip_only_the_expected_member_is_read",
-    "18 zip bomb, no zip, cut zip": "test_data::test_of_a_zip_only_the_expected_member_is_read",
-    "19 JSON of another form": "test_data::test_bad_input_is_one_line_that_names_the_place",
-    "20 one bad line of JSONL": "test_data::test_bad_input_is_one_line_that_names_the_place",
-    "21 NaN, doubled keys, surrogates in JSON": "test_data::test_bad_input_is_one_line_that_names_the_place "
-                                                "test_data::test_half_a_character_in_json_is_replaced_and_counted",
-    "22 open quote, short row, NUL in CSV": "test_data::test_bad_input_is_one_line_that_names_the_place",
-    "23 unknown label, one class only": "test_finetune_cls::test_bad_rows_are_named_and_nothing_is_left_behind "
-                                        "test_finetune_cls::test_mistakes_get_one_line",
-    "24 text shorter than a window": "test_data::test_too_few_tokens_for_a_window_say_how_many_are_needed",
-    "25 empty validation part": f"{HERE}::test_a_validation_part_without_a_window_is_refused",
-    "26 id above 65,535": "test_data::test_large_vocabularies_get_32_bits",
-    "27 token file empty, odd, cut": f"{HERE}::test_damage_to_any_file_is_found_before_it_is_used",
-    "28 token file beyond the vocabulary": "test_data::test_ids_outside_the_vocabulary_are_found_before_training",
-    "29 token file of another tokenizer": "test_data::test_prepared_text_is_used_again_until_text_or_tokenizer_change",
-    "30 nan, inf, negative, 0, 1e3": f"{HERE}::test_every_option_refuses_what_is_no_value",
-    "31 sizes that do not divide, dropout 1.5": f"{HERE}::test_every_option_refuses_what_is_no_value "
-                                                "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
-    "32 misspelled flag": "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
-    "33 device or type that is not there": "test_train::test_mistakes_get_one_line_and_leave_nothing_behind",
-    "34 folder with a run": "test_train::test_an_existing_run_is_never_overwritten",
-    "35 --resume of nothing": "test_train::test_resume_in_an_empty_folder_starts_and_says_so",  # and goes on, by design
-    # Refused, and nothing else is taken in its place: only one state is kept, there is no previous one.
-    "36 damaged state": f"{HERE}::test_wrong_data_and_a_damaged_state_are_one_line_in_every_script "
-                        "test_train::test_a_damaged_state_is_found_before_it_is_used "
-                        f"{HERE}::test_a_state_that_cannot_be_read_now_is_not_called_damaged",
-    "37 --resume with other options or data": "test_train::test_an_existing_run_is_never_overwritten "
-                                              "test_train::test_changed_data_is_refused_on_resume",
-    "38 optimizer state of another model": f"{HERE}::test_a_state_that_does_not_fit_or_is_not_finite_is_refused",
-    "39 weights that are not finite": f"{HERE}::test_a_state_that_does_not_fit_or_is_not_finite_is_refused "
-        "test_safetensors::test_weights_that_are_not_finite_are_named_and_nothing_is_copied",
-    "40 foreign pickle or module": f"{HERE}::test_six_kinds_of_malicious_checkpoints_run_nothing",
-    "41 folder read-only, a file, on a full disk":
-        f"{HERE}::test_a_folder_that_cannot_be_written_ends_before_the_first_step",
-    "42 instruction without a key": "test_finetune_sft::test_entries_that_cannot_be_used_are_refused_or_counted",
-    "43 example longer than the context": "test_finetune_sft::test_what_does_not_fit_is_cut_or_dropped_and_counted",
-    "44 prompt that holds the template":
-        "test_finetune_sft::test_no_mask_covers_a_response_and_no_text_makes_a_special_token",
-    "45 classes that the head has not": "test_finetune_cls::test_mistakes_get_one_line",
-    "46 base missing or of another size": "test_finetune_sft::test_mistakes_get_one_line",
-    "47 rank 0, negative, too large; alpha nan": "test_lora::test_wrong_options_are_refused_and_change_nothing",
-    "48 targets that match nothing": "test_lora::test_wrong_options_are_refused_and_change_nothing",
-    "49 adapter of another base": "test_lora::test_another_base_is_refused_and_left_untouched",
-    "50 adapter with keys missing or left over": "test_lora::test_files_that_do_not_fit_are_refused_by_name",
-    "51 merged twice, or taken out unmerged": "test_lora::test_merged_equals_adapted_and_unmerging_restores_every_bit",
-    "52 judge that is not there": "test_finetune_sft::test_mistakes_get_one_line",
-    "53 judge with status 401, 404, 429, 500":
-        "test_finetune_sft::test_busy_servers_are_asked_again_and_refusals_are_not",
-    "54 judge that answers nonsense": "test_finetune_sft::test_a_reply_that_makes_no_sense_is_missing "
-                                      "test_finetune_sft::test_a_judge_counts_what_is_missing_and_bounds_it",
-    "55 grade that is no grade": "test_finetune_sft::test_a_grade_is_read_strictly",
-    "56 response that instructs the judge": "test_finetune_sft::test_no_response_can_leave_its_fence",
-    "57 equal rewards, batch of one": f"{HERE}::test_ppo_on_one_response_with_one_reward_stays_finite "
-                                      "test_rlhf::test_mistakes_get_one_line",
-    "58 reward or loss that is not finite": f"{HERE}::test_a_gradient_that_is_not_finite_stops_before_the_update "
-                                            "test_rlhf::test_mistakes_get_one_line",
-    "59 malformed safetensors": f"{HERE}::test_a_file_that_is_no_model_is_one_line_wherever_one_is_wanted "
-                                "test_safetensors::test_a_malformed_file_is_refused_with_the_rule_that_it_breaks "
-                                "test_safetensors::test_no_malformed_file_makes_the_reader_claim_memory",
-    "60 weights of another size, transposed": "test_gpt2_weights::test_a_file_that_does_not_fit_names_the_tensor",
-    "61 weights as a pickle": "test_gpt2_weights::test_a_pickle_is_refused_and_nothing_in_it_runs "
-                              f"{HERE}::test_six_kinds_of_malicious_checkpoints_run_nothing",
-    "62 prompt empty, too long, no UTF-8": f"{HERE}::test_any_prompt_is_continued_or_refused_in_one_line",
-    "63 sampling outside its range": f"{HERE}::test_sampling_options_outside_their_range_are_refused",
-    "64 output closed, full, ASCII": f"{HERE}::test_output_that_ends_or_cannot_show_a_character",
-}
-
-# What can happen to a run -> the same.
-FAULTS = {
-    "F1 SIGKILL while a checkpoint is written": f"{HERE}::test_twenty_kills_while_saving_lose_nothing",
-    "F2 SIGKILL between writing and renaming":
-        f"{HERE}::test_a_kill_between_writing_and_renaming_resumes_to_the_same_bits",
-    "F3 SIGKILL between renaming and deleting": "none: os.replace takes the old file's place, nothing is deleted",
-    "F4 order of writes at a power cut": f"{HERE}::test_every_file_is_on_disk_before_it_has_its_name "
-                                          f"{HERE}::test_what_a_power_cut_leaves_is_cleared_away",
-    "F5 disk full in a save": f"{HERE}::test_a_full_disk_is_named_wherever_a_run_writes "
-                              "test_train::test_a_full_disk_ends_the_run_and_keeps_the_last_good_state",
-    "F6 disk full while data is prepared": f"{HERE}::test_a_disk_that_fails_while_data_is_prepared_leaves_nothing",
-    "F7 disk that fails": f"{HERE}::test_a_disk_that_fills_or_fails_leaves_every_old_file "
-                          f"{HERE}::test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state",
-    "F8 flipped bits, cut files": f"{HERE}::test_damage_to_any_file_is_found_before_it_is_used",
-    "F9 download cut": "test_data::test_a_failure_that_passes_is_tried_again "
-                       "test_gpt2_weights::test_a_cut_transfer_goes_on_where_it_stopped",
-    "F10 status 404, 500, 429, redirects": "test_data::test_a_download_that_fails_leaves_nothing_behind "
-        "test_gpt2_weights::test_a_server_that_fails_is_asked_again_only_where_that_may_help",
-    "F11 server that drips or hangs": "test_data::test_no_server_outlasts_the_deadline "
-                                      "test_gpt2_weights::test_a_server_that_falls_silent_does_not_hold_us",
-    "F12 range ignored, changed file": "test_gpt2_weights::test_what_does_not_continue_is_never_joined",
-    "F13 wrong content": "test_gpt2_weights::test_wrong_content_is_thrown_away",
-    "F14 no network": f"{HERE}::test_without_network_what_needs_it_is_one_line_and_the_rest_runs",
-    "F15 folder becomes read-only": f"{HERE}::test_a_folder_that_cannot_be_written_ends_before_the_first_step",
-    "F16 gradient that is not finite": f"{HERE}::test_a_gradient_that_is_not_finite_stops_before_the_update "
-                                       "test_distributed::test_a_loss_that_is_not_finite_in_one_process_stops_both",
-    "F17 spike of the loss": f"{HERE}::test_a_spike_of_the_loss_is_warned_of_once",
-    "F18 process killed or stalled": "test_distributed::test_a_killed_process_ends_the_run_and_the_state_is_good",
-    "F19 Ctrl-C and SIGTERM, in a save, twice": f"{HERE}::test_signals_in_a_save_and_twice "
-                                                "test_distributed::test_an_error_is_told_once_and_a_signal_saves",
-    "F20 two runs in a folder": "test_train::test_a_second_run_in_the_same_folder_is_refused "
-                                f"{HERE}::test_a_lock_ends_with_its_holder",
-    "F21 two downloads of a file": "test_data::test_several_downloads_of_one_file_at_once_all_succeed "
-                                   "test_gpt2_weights::test_two_downloads_at_once_do_not_disturb_each_other",
-    "F22 clock that jumps": f"{HERE}::test_a_clock_that_jumps_changes_nothing",
-    "F23 out of memory": f"{HERE}::test_out_of_memory_names_the_flags_to_lower",
-    "F24 judge or reward that dies": "test_finetune_sft::test_a_judge_that_dies_is_later_asked_only_the_rest "
-        "test_rlhf::test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits",
-}
 
 
-def functions_in(name):
-    """Return the names of the test functions in one file of tests."""
-    tree = ast.parse((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+def table(text):
+    """Return {entry: tests that hold it, or "none: " and the reason} of the two lists below.
+
+    A test is written file::name, both without "test_", or, where it is in this file, only its name."""
+    rows = re.split(r"\n(?! )", text.strip())
+    return {key: " ".join(tests.split()) for key, tests in (row.split(" -> ") for row in rows)}
+
+
+# What a user may give
+INPUTS = table("""
+1 empty text -> tokenizer::bad_files_get_one_line_and_leave_nothing_behind
+2 folder or missing path -> a_folder_or_nothing_where_a_file_is_wanted
+3 byte that is no UTF-8 -> data::the_offset_of_a_bad_byte_is_named
+4 UTF-16, byte order mark -> data::a_byte_order_mark_is_dropped_and_utf_16_refused
+5 lone surrogate -> tokenizer::lone_surrogates_become_the_replacement_character
+6 special token's name in a text -> no_hostile_document_gives_a_special_id
+7 id outside the vocabulary -> tokenizer::an_invalid_id_is_named_with_the_range
+8 vocabulary too small or too large -> tokenizer::mistakes_get_one_line_and_the_right_status
+    tokenizer::training_stops_when_nothing_is_left_to_merge
+9 vocabulary or merges damaged -> damaged_or_foreign_merges_are_refused
+10 merges of another vocabulary -> damaged_or_foreign_merges_are_refused
+11 a million equal characters -> tokenizer::a_million_equal_characters_train_and_encode_in_seconds
+12 no network, no cache -> without_network_what_needs_it_is_one_line_and_the_rest_runs
+13 status 404 or 500 -> data::a_download_that_fails_leaves_nothing_under_its_name
+14 login page with status 200 -> data::a_download_that_fails_leaves_nothing_under_its_name
+15 body cut -> data::a_download_that_fails_leaves_nothing_under_its_name
+16 file:// and ftp:// -> data::only_web_addresses_are_downloaded
+17 zip with members that lead out -> data::of_a_zip_only_the_expected_member_is_read
+18 zip bomb, no zip, cut zip -> data::of_a_zip_only_the_expected_member_is_read
+19 JSON of another form -> data::bad_input_is_one_line_that_names_the_place
+20 one bad line of JSONL -> data::bad_input_is_one_line_that_names_the_place
+21 NaN, doubled keys, surrogates in JSON -> data::bad_input_is_one_line_that_names_the_place
+    data::half_a_character_in_json_is_replaced
+22 open quote, short row, NUL in CSV -> data::bad_input_is_one_line_that_names_the_place
+23 unknown label, one class only -> finetune_cls::bad_rows_are_named_and_nothing_is_left_behind
+    finetune_cls::mistakes_get_one_line
+24 text shorter than a window -> data::too_few_tokens_for_a_window_say_how_many_are_needed
+25 empty validation part -> a_validation_part_without_a_window_is_refused
+26 id above 65,535 -> data::large_vocabularies_get_32_bits
+27 token file empty, odd, cut -> damage_to_any_file_is_found_before_it_is_used
+28 token file beyond the vocabulary -> damage_to_any_file_is_found_before_it_is_used
+29 token file of another tokenizer -> data::prepared_text_is_used_again_until_text_or_tokenizer_change
+30 nan, inf, negative, 0, 1e3 -> every_option_refuses_what_is_no_value
+31 sizes that do not divide, dropout 1.5 -> every_option_refuses_what_is_no_value
+    train::mistakes_get_one_line_and_leave_nothing_behind
+32 misspelled flag -> train::mistakes_get_one_line_and_leave_nothing_behind
+33 device or type that is not there -> train::mistakes_get_one_line_and_leave_nothing_behind
+34 folder with a run -> train::an_existing_run_is_never_overwritten
+35 --resume of nothing -> train::resume_in_an_empty_folder_starts_and_says_so
+36 damaged state -> wrong_data_and_a_damaged_state_are_one_line_in_every_script
+    damage_to_any_file_is_found_before_it_is_used a_state_that_cannot_be_read_now_is_not_called_damaged
+37 --resume with other options or data -> train::an_existing_run_is_never_overwritten
+    train::changed_data_is_refused_on_resume
+38 optimizer state of another model -> a_state_that_does_not_fit_or_is_not_finite_is_refused
+39 weights that are not finite -> a_state_that_does_not_fit_or_is_not_finite_is_refused
+    safetensors::weights_that_are_not_finite_are_named_and_nothing_is_copied
+40 foreign pickle or module -> six_kinds_of_malicious_checkpoints_run_nothing
+41 folder read-only, a file, on a full disk -> a_folder_that_cannot_be_written_ends_before_the_first_step
+42 instruction without a key -> finetune_sft::entries_that_cannot_be_used_are_refused_or_counted
+43 example longer than the context -> finetune_sft::what_does_not_fit_is_cut_or_dropped_and_counted
+44 prompt that holds the template -> finetune_sft::no_mask_covers_a_response_and_no_text_makes_a_special_token
+45 classes that the head has not -> finetune_cls::mistakes_get_one_line
+46 base missing or of another size -> finetune_sft::mistakes_get_one_line
+47 rank 0, negative, too large; alpha nan -> lora::wrong_options_are_refused_and_change_nothing
+48 targets that match nothing -> lora::wrong_options_are_refused_and_change_nothing
+49 adapter of another base -> lora::another_base_is_refused_and_left_untouched
+50 adapter with keys missing or left over -> lora::files_that_do_not_fit_are_refused_by_name
+51 merged twice, or taken out unmerged -> lora::merged_equals_adapted_and_unmerging_restores_every_bit
+52 judge that is not there -> finetune_sft::mistakes_get_one_line
+53 judge with status 401, 404, 429, 500 -> finetune_sft::busy_servers_are_asked_again_and_refusals_are_not
+54 judge that answers nonsense -> finetune_sft::a_reply_that_makes_no_sense_is_missing
+    finetune_sft::a_judge_counts_what_is_missing_and_bounds_it
+55 grade that is no grade -> finetune_sft::a_grade_is_read_strictly
+56 response that instructs the judge -> finetune_sft::no_response_can_leave_its_fence
+57 equal rewards, batch of one -> ppo_on_one_response_with_one_reward_stays_finite rlhf::mistakes_get_one_line
+58 reward or loss that is not finite -> a_gradient_that_is_not_finite_stops_before_the_update
+    rlhf::mistakes_get_one_line
+59 malformed safetensors -> a_file_that_is_no_model_is_one_line_wherever_one_is_wanted
+    safetensors::a_malformed_file_is_refused_with_the_rule_that_it_breaks
+    safetensors::no_malformed_file_makes_the_reader_claim_memory
+60 weights of another size, transposed -> gpt2_weights::a_file_that_does_not_fit_names_the_tensor
+61 weights as a pickle -> gpt2_weights::a_pickle_is_refused_and_nothing_in_it_runs
+    six_kinds_of_malicious_checkpoints_run_nothing
+62 prompt empty, too long, no UTF-8 -> any_prompt_is_continued_or_refused_in_one_line
+63 sampling outside its range -> sampling_options_outside_their_range_are_refused
+64 output closed, full, ASCII -> output_that_ends_or_cannot_show_a_character
+""")
+# What can happen to a run
+FAULTS = table("""
+F1 SIGKILL while a checkpoint is written -> twenty_kills_while_saving_lose_nothing
+F2 SIGKILL between writing and renaming -> a_kill_between_writing_and_renaming_resumes_to_the_same_bits
+F3 SIGKILL between renaming and deleting -> none: os.replace takes the old file's place, nothing is deleted
+F4 order of writes at a power cut -> every_file_is_on_disk_before_it_has_its_name
+    what_a_power_cut_leaves_is_cleared_away
+F5 disk full in a save -> a_full_disk_is_named_wherever_a_run_writes train::a_disk_that_fills_within_a_save_is_one_line
+F6 disk full while data is prepared -> a_disk_that_fails_while_data_is_prepared_leaves_nothing
+F7 disk that fails -> a_disk_that_fills_or_fails_leaves_every_old_file
+    a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state
+F8 flipped bits, cut files -> damage_to_any_file_is_found_before_it_is_used
+F9 download cut -> data::a_partial_file_is_continued_in_the_same_call_and_in_a_later_one
+F10 status 404, 500, 429, redirects -> data::a_download_that_fails_leaves_nothing_under_its_name
+    data::a_failure_that_passes_is_tried_again
+F11 server that drips or hangs -> data::no_server_outlasts_the_deadline
+F12 range ignored, changed file -> data::a_part_of_something_else_is_never_used
+F13 wrong content -> gpt2_weights::a_download_with_another_sha256_is_refused
+F14 no network -> without_network_what_needs_it_is_one_line_and_the_rest_runs
+F15 folder becomes read-only -> a_folder_that_cannot_be_written_ends_before_the_first_step
+F16 gradient that is not finite -> a_gradient_that_is_not_finite_stops_before_the_update
+    distributed::a_loss_that_is_not_finite_in_one_process_stops_both
+F17 spike of the loss -> a_spike_of_the_loss_is_warned_of_once
+F18 process killed or stalled -> distributed::a_killed_process_ends_the_run_and_the_state_is_good
+F19 Ctrl-C and SIGTERM, in a save, twice -> signals_in_a_save_and_twice
+    distributed::an_error_is_told_once_and_a_signal_saves
+F20 two runs in a folder -> a_lock_ends_with_its_holder
+F21 two downloads of a file -> data::several_downloads_of_one_file_at_once_all_succeed
+F22 clock that jumps -> a_clock_that_jumps_changes_nothing
+F23 out of memory -> out_of_memory_names_the_flags_to_lower
+F24 judge or reward that dies -> finetune_sft::a_judge_that_dies_leaves_the_scores
+    rlhf::a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits
+""")
 
 
 def test_every_entry_of_the_lists_is_held_by_a_test_that_exists():
-    """64 inputs and 24 faults, numbered without a gap; what they name is there; at most one has nothing to hold."""
+    """64 inputs and 24 faults, numbered without a gap; what they name is there; at most eight have nothing to hold."""
     assert [int(key.split()[0]) for key in INPUTS] == list(range(1, 65))
     assert [key.split()[0] for key in FAULTS] == [f"F{n}" for n in range(1, 25)]
     entries = [*INPUTS.values(), *FAULTS.values()]
-    named = {one for entry in entries if not entry.startswith("none: ") for one in entry.split()}
-    assert sum(entry.startswith("none: ") for entry in entries) <= 1
-    files = {file: functions_in(file) for file in {one.split("::")[0] for one in named}}
-    assert [one for one in named if one.split("::")[1] not in files[one.split("::")[0]]] == []
+    named = {test for entry in entries if not entry.startswith("none: ") for test in entry.split()}
+    assert len(entries) - 8 <= sum(not entry.startswith("none: ") for entry in entries)
+    there = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        file = "" if path.stem == "test_reliability" else path.stem.removeprefix("test_") + "::"
+        there |= {file + name for name in re.findall(r"^def test_(\w+)", path.read_text(encoding="utf-8"), re.M)}
+    assert sorted(named - there) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,20 +187,29 @@ def test_every_entry_of_the_lists_is_held_by_a_test_that_exists():
 WORDS = "cat dog sun map red box hen pig jam ant owl fox bee cup pen hat".split()
 PAIRS = [{"prompt": f"say {a} {b}", "response_1": f"{a} please", "response_2": f"no {b}", "preferred": 1 + i % 2}
          for i, (a, b) in enumerate(itertools.islice(itertools.permutations(WORDS, 2), 24))]
-TINY = "--emb_dim 8 --n_layers 1 --n_heads 2"
 STEPS = "--max_steps 12 --eval_every 4 --save_every 3 --warmup_steps 2 --drop_rate 0.1 --accumulate 2 --log_every 1"
-SCRIPTS = {  # name: (main, command, its folder)
-    "train": (train.main, f"train --data text.txt --tokenizer char {TINY} --context_length 16 --batch_size 4 "
-                          f"--sample_tokens 0 --learning_rate 1e-2 {STEPS}", "out/pretrain"),
-    "cls": (finetune_cls.main, f"train --data rows.tsv --init scratch --tokenizer word {TINY} --context_length 12 "
-                               f"--batch_size 11 --epochs 0 {STEPS}", "out/cls"),
-    "sft": (finetune_sft.main, "train --data mine.json --init base.safetensors --template plain --batch_size 9 "
-                               f"--max_new_tokens 2 --epochs 0 {STEPS}", "out/sft"),
-    "ppo": (rlhf.main, "ppo --data pairs.json --init base.safetensors --reward mine:length --response_length 2 "
-                       f"--batch_size 4 --ppo_epochs 1 --eval_prompts 2 --test_prompts 2 {STEPS}", "out/ppo"),
+BASE = f"--init base.safetensors --epochs 0 {STEPS}"
+POLICY = f"--data pairs.json --reward mine:length --response_length 2 --test_prompts 2 {BASE}"
+SCRIPTS = {  # name: (main, command, its folder); an epoch has five steps in each
+    "train": (train.main, "train --data text.txt --tokenizer char --emb_dim 8 --n_layers 1 --n_heads 2 --batch_size 4 "
+                          f"--context_length 16 --sample_tokens 2 --learning_rate 1e-2 {STEPS}", "out/pretrain"),
+    "cls": (finetune_cls.main, f"train --data rows.tsv --batch_size 11 {BASE}", "out/cls"),
+    "sft": (finetune_sft.main, f"train --data mine.json --template plain --batch_size 9 --max_new_tokens 2 {BASE}",
+            "out/sft"),
+    "reward": (rlhf.main, f"reward --data pairs.json --batch_size 4 {BASE}", "out/reward"),
+    "ppo": (rlhf.main, f"ppo --batch_size 4 --ppo_epochs 1 --eval_prompts 2 {POLICY}", "out/ppo"),
+    "dpo": (rlhf.main, f"dpo --batch_size 4 --lora_rank 2 {POLICY}", "out/dpo"),  # adapters
+    "grpo": (rlhf.main, f"grpo --batch_size 8 --group 2 --eval_prompts 2 {POLICY}", "out/grpo"),
 }
-
-TRAIN_FIRST = [pytest.param(name, marks=[] if name == "train" else pytest.mark.slow) for name in SCRIPTS]  # for time
+FIRST = ("train", "cls", "sft", "ppo")
+MODELS = [  # every flag that names a model, at the end of the rest that it needs
+    (gpt.main, "--checkpoint"), (gpt.main, "inspect --prompt a --checkpoint"),
+    (train.main, "--data text.txt --out_dir new --init"), (train.main, "evaluate --data text.txt --checkpoint"),
+    (finetune_cls.main, "--data rows.tsv --out_dir new --init"), (finetune_cls.main, "classify x --checkpoint"),
+    (finetune_sft.main, "--data mine.json --out_dir new --init"), (finetune_sft.main, "respond --checkpoint"),
+    (rlhf.main, f"ppo {POLICY} --out_dir new --init"), (rlhf.main, f"ppo {POLICY} --out_dir new --reward"),
+    (gpt2_weights.main, "import --out y.safetensors --source"), (lora.main, "merge --adapter a --checkpoint")]
+TRAIN_FIRST = [pytest.param(name, marks=[] if name == "train" else pytest.mark.slow) for name in FIRST]  # for time
 
 
 @pytest.fixture
@@ -232,13 +234,18 @@ def work(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 64, 8, 2, 1, drop_rate=0.0, tie_weights=True))
     gpt.save_checkpoint("base.safetensors", model, tokenizer, template="plain")
+    lora.save_lora(lora.apply_lora(model, rank=2), "a")
     return tmp_path
+
+
+def words_of(name, *flags):
+    """Return the words of the command line of one of SCRIPTS, with more flags."""
+    return [*SCRIPTS[name][1].split(), *map(str, flags)]
 
 
 def go(name, *flags, status=0):
     """Run one of SCRIPTS and assert its exit status."""
-    main, command, _ = SCRIPTS[name]
-    assert main([*command.split(), *map(str, flags)]) == status
+    assert SCRIPTS[name][0](words_of(name, *flags)) == status
 
 
 def files():
@@ -297,33 +304,23 @@ def ended(pid):
 
 def test_a_folder_or_nothing_where_a_file_is_wanted(work, capsys):
     """Every flag that names a file, given a folder and a path with nothing there: status 1 and the path."""
-    Path("folder").mkdir()
-    Path("folder/inside").mkdir()
+    Path("folder/inside").mkdir(parents=True)
     CharTokenizer.train(["abc"]).save("chars.json")
-    generate, sft = ["generate", "--prompt", "x"], SCRIPTS["sft"][1].split()
-    cases = [(gpt.main, [*generate, "--checkpoint"]), (train.main, ["--data", "text.txt", "--tokenizer"]),
-             (train.main, ["--data", "text.txt", "--init"]),
-             (train.main, ["evaluate", "--data", "text.txt", "--checkpoint"]),
-             (finetune_cls.main, ["--init", "scratch", *TINY.split(), "--data"]),
-             (finetune_cls.main, ["--data", "rows.tsv", "--init", "scratch", *TINY.split(), "--tokenizer"]),
-             (finetune_cls.main, ["classify", "x", "--checkpoint"]), (finetune_sft.main, [*sft, "--data"]),
-             (finetune_sft.main, [*sft, "--init"]), (rlhf.main, [*SCRIPTS["ppo"][1].split(), "--data"]),
-             (rlhf.main, [*SCRIPTS["ppo"][1].split(), "--init"]),
-             (rlhf.main, [*SCRIPTS["ppo"][1].split(), "--reward"]),
-             (lora.main, ["merge", "--checkpoint", "base.safetensors", "--adapter"]),
-             (lora.main, ["info", "--adapter"]), (gpt2_weights.main, ["import", "--source"]),
-             (gpt2_weights.main, ["export", "--source"]), (tok.main, ["encode", "x", "--tokenizer"]),
-             (tok.main, ["train", "--data"]), (data.main, ["prepare", "--tokenizer", "chars.json", "--data"]),
-             (data.main, ["show", "--view", "messages"]), (data.main, ["show", "--view", "instructions"])]
-    for main, argv in cases:
+    for main, argv in [
+            *MODELS, (train.main, "--data text.txt --tokenizer"), (finetune_cls.main, "--init base.safetensors --data"),
+            (finetune_sft.main, "--init base.safetensors --data"), (rlhf.main, f"ppo {POLICY} --data"),
+            (lora.main, "merge --checkpoint base.safetensors --adapter"), (lora.main, "info --checkpoint"),
+            (gpt2_weights.main, "export --source"), (tok.main, "encode x --tokenizer"), (tok.main, "train --data"),
+            (data.main, "prepare --tokenizer chars.json --data"), (data.main, "show --view messages"),
+            (data.main, "show --view instructions")]:
         for path in ("folder", "nothing.here"):
-            line = refused(capsys, main, [*argv, path], 1, path)
+            line = refused(capsys, main, [*argv.split(), path], 1, path)
             assert not (path == "folder" and "does not exist" in line), line
 
 
 def test_damaged_or_foreign_merges_are_refused(tmp_path):
     """GPT-2's two files, swapped, cut, doubled, out of order, of two tokenizers: one line that names the file."""
-    mine, other = (BPETokenizer.train([text], 280, workers=1) for text in ("low lower lowest " * 9, "new newer " * 9))
+    mine, other = (BPETokenizer.train([text], 280) for text in ("low lower lowest " * 9, "new newer " * 9))
     mine.export_gpt2_files(tmp_path / "mine")
     other.export_gpt2_files(tmp_path / "other")
     vocab, merges = tmp_path / "mine" / "vocab.json", tmp_path / "mine" / "merges.txt"
@@ -344,7 +341,7 @@ def test_damaged_or_foreign_merges_are_refused(tmp_path):
 def test_a_validation_part_without_a_window_is_refused(work, capsys):
     """A text whose last tenth is shorter than the context: status 1, how many tokens there are and are needed."""
     Path("short.txt").write_text("a cat and a dog " * 6, encoding="utf-8")
-    refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--data", "short.txt"], 1, "have", "need at least 17",
+    refused(capsys, train.main, words_of("train", "--data", "short.txt"), 1, "have", "need at least 17",
             "--context_length")
 
 
@@ -352,9 +349,9 @@ def test_a_validation_part_without_a_window_is_refused(work, capsys):
 def test_every_option_refuses_what_is_no_value(name, work, capsys):
     """Every flag with a number: words, nan, infinity, 1e3 for a count, and what lies beyond its limits: status 2."""
     main, command, _ = SCRIPTS[name]
-    Config = sys.modules[main.__module__].Config
-    tried = 0
-    for field in Config.__dataclass_fields__.values():
+    fields, tried = sys.modules[main.__module__].Config.__dataclass_fields__, 0
+    assert main([command.split()[0], "--help"]) == 0
+    for field in (fields[flag] for flag in re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M) if flag in fields):
         if field.type not in (int, float, "int", "float"):
             continue
         low, high = field.metadata["low"], field.metadata["high"]
@@ -397,23 +394,23 @@ def test_a_state_that_does_not_fit_or_is_not_finite_is_refused(work, capsys):
                (lambda s: moment(s, 0).clear(), fit, first),
                (lambda s: moment(s, 1, 1).pop("exp_avg_sq"), fit, "optimizer 1, parameter 1"),
                (lambda s: s["optimizers"][1]["state"].pop(2), fit, "optimizer 1, parameter 2"),
-               (lambda s: s["optimizers"].pop(), fit, "1 optimizers, not 2")]
+               (lambda s: s["optimizers"].pop(), fit, "the optimizers")]
     for change, *words in changes:
         state = torch.load(io.BytesIO(good), weights_only=True)
         change(state)
         torch.save(state, path)
-        refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--max_steps", 3, "--resume"], 1, *words, "--fresh")
+        refused(capsys, train.main, words_of("train", "--max_steps", 3, "--resume"), 1, *words, "--fresh")
     path.write_bytes(good)
     go("train", "--max_steps", 3, "--resume")
 
 
-def test_a_folder_that_cannot_be_written_ends_before_the_first_step(work, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_written_ends_before_the_first_step(work, capsys, monkeypatch, steps):
     """A file in its place, no permission, a read-only disk, at the start and from the third save on."""
     Path("taken").write_text("mine", encoding="utf-8")
-    command = SCRIPTS["train"][1].split()
-    refused(capsys, train.main, [*command, "--out_dir", "taken"], 1, "taken", "another")
-    refused(capsys, train.main, [*command, "--out_dir", "taken/below"], 1, "taken/below", "another path")
-    real_open, steps, allowed = builtins.open, [], [0]
+    command = words_of("train")
+    refused(capsys, train.main, [*command, "--out_dir", "taken"], 1, "taken")
+    refused(capsys, train.main, [*command, "--out_dir", "taken/below"], 1, "taken")
+    real_open, allowed = builtins.open, [0]
 
     def read_only(path, mode="r", *rest, **named):
         if "out/pretrain" in str(path) and set(mode) & set("wax+"):
@@ -422,21 +419,18 @@ def test_a_folder_that_cannot_be_written_ends_before_the_first_step(work, capsys
                 raise OSError(number, os.strerror(number), str(path))
         return real_open(path, mode, *rest, **named)
 
-    advance = train.Run.advance
-    monkeypatch.setattr(train.Run, "advance", lambda run, *rest: (steps.append(1), advance(run, *rest)))
     for number, writes, most in ((errno.EROFS, 0, 0), (errno.EACCES, 0, 0), (errno.EROFS, 1, 0), (errno.EROFS, 12, 6)):
         shutil.rmtree("out", ignore_errors=True)
-        allowed[0] = writes
-        steps.clear()
+        allowed[0], steps.done = writes, 0
         monkeypatch.setattr(builtins, "open", read_only)
-        refused(capsys, train.main, [*command, "--save_every", 1], 1, "out/pretrain", "another folder",
+        refused(capsys, train.main, [*command, "--save_every", 1], 1, "out/pretrain", os.strerror(number),
                 new="^out/|^data/")
         monkeypatch.setattr(builtins, "open", real_open)
-        assert len(steps) <= most, (number, writes)
+        assert steps.done <= most, (number, writes)
         assert not list(Path("out").rglob("*.tmp"))
-        if len(steps) > 1:
-            assert 0 < train.read_state("out/pretrain/state.pt")["step"] < len(steps) + 1
-    assert steps  # the last case got beyond the start
+        if steps.done:
+            assert 0 < train.read_state("out/pretrain/state.pt")["step"] <= steps.done
+    assert steps.done  # the last case got beyond the start
 
 
 @pytest.mark.filterwarnings("error")
@@ -445,7 +439,7 @@ def test_ppo_on_one_response_with_one_reward_stays_finite(work):
     same = ["--reward", "mine:same", "--no_stop_penalty", 0, "--group", 4]
     for out, flags in (("one", ["--reward", "mine:length", "--batch_size", 1]), ("same", same)):
         command = "grpo" if out == "same" else "ppo"
-        argv = [command, *SCRIPTS["ppo"][1].split()[1:], *map(str, flags), "--accumulate", "1", "--max_steps", "2"]
+        argv = [command, *words_of("ppo")[1:], *map(str, flags), "--accumulate", "1", "--max_steps", "2"]
         assert rlhf.main([*argv, "--out_dir", out]) == 0
         assert all(t.isfinite().all() for t in train.read_state(f"{out}/state.pt")["model"].values())
         log = Path(out, "metrics.jsonl").read_text(encoding="utf-8")
@@ -456,30 +450,39 @@ def test_ppo_on_one_response_with_one_reward_stays_finite(work):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", TRAIN_FIRST)
-def test_a_gradient_that_is_not_finite_stops_before_the_update(name, value, work, capsys, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_before_the_update(name, value, work, capsys, monkeypatch, steps):
     """One bad number in the gradients of step 3: status 1, the step and the first examples of its batch named, and the
     state is that of step 2, finite."""
-    real, batches, seen = torch.Tensor.backward, train.Run.batches, []
+    main, command, _ = SCRIPTS[name]
+    module, real, seen = sys.modules[main.__module__], torch.Tensor.backward, []
+    batches = module.batches
 
-    def recorded(run, *rest):
-        for batch in batches(run, *rest):
-            seen.append([int(index) for index in batch])
-            yield batch
+    def recorded(*args, **named):
+        for indices in batches(*args, **named):
+            seen.append(indices)
+            yield indices
 
-    def backward(tensor, *args, **named):
-        real(tensor, *args, **named)
-        if train.Run.current.step == 2:
-            next(p for p in train.Run.current.model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+    def backward(loss, *args, **named):
+        real(loss, *args, **named)
+        if steps.done == 2:
+            parameter_behind(loss).grad.view(-1)[0] = value
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(train.Run, "batches", recorded)
-    main, command, _ = SCRIPTS[name]
+    monkeypatch.setattr(module, "batches", recorded)
     line = refused(capsys, main, [*command.split(), "--save_every", 1, "--out_dir", "bad"], 1, "step 3",
                    "gradient norm", "nothing was updated", "bad keeps", "--learning_rate", new="^bad/|^data/|mine")
     assert len(seen) == 3 and seen[2] != seen[1]
     assert line.partition("this batch, examples ")[2].startswith(", ".join(map(str, seen[2][:8])))
     state = train.read_state("bad/state.pt")
     assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def parameter_behind(loss):
+    """Return a parameter that a loss was computed from."""
+    nodes = [loss.grad_fn]
+    while not hasattr(nodes[-1], "variable"):
+        nodes += [node for node, _ in nodes.pop().next_functions if node is not None]
+    return nodes[-1].variable
 
 
 def test_a_file_that_is_no_model_is_one_line_wherever_one_is_wanted(work, capsys):
@@ -494,21 +497,9 @@ def test_a_file_that_is_no_model_is_one_line_wherever_one_is_wanted(work, capsys
              "flipped": good[:-9] + bytes([good[-9] ^ 8]) + good[-8:]}
     for name, content in kinds.items():
         Path(f"{name}.safetensors").write_bytes(content)
-    lora.save_lora(lora.apply_lora(gpt.load_checkpoint("base.safetensors")[0], rank=2), "a")
-    ppo = SCRIPTS["ppo"][1].split()
-    cases = [(gpt.main, ["--checkpoint"]), (gpt.main, ["inspect", "--prompt", "a", "--out", "x.svg", "--checkpoint"]),
-             (train.main, ["--data", "text.txt", "--init"]),
-             (train.main, ["evaluate", "--data", "text.txt", "--checkpoint"]),
-             (finetune_cls.main, ["--data", "rows.tsv", "--init"]),
-             (finetune_cls.main, ["classify", "x", "--checkpoint"]),
-             (finetune_sft.main, ["--data", "mine.json", "--init"]),
-             (finetune_sft.main, ["respond", "--prompt", "x", "--checkpoint"]),
-             (rlhf.main, [*ppo, "--init"]), (rlhf.main, [*ppo, "--reward"]),
-             (gpt2_weights.main, ["import", "--out", "y.safetensors", "--source"]),
-             (lora.main, ["merge", "--adapter", "a", "--checkpoint"])]
     for name in (*kinds, "nan", "bare"):
-        for main, argv in cases:
-            refused(capsys, main, [*argv, f"{name}.safetensors"], 1, f"{name}.safetensors")
+        for main, argv in MODELS:
+            refused(capsys, main, [*argv.split(), f"{name}.safetensors"], 1, f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -525,6 +516,7 @@ def test_wrong_data_and_a_damaged_state_are_one_line_in_every_script(name, work,
         Path(f"{word}.{kind}").write_bytes(content)
         refused(capsys, main, [*argv, "--data", f"{word}.{kind}"], 1, f"{word}.{kind}")
     go(name, "--max_steps", 1)
+    Path(folder, "summary.json").unlink()  # a finished run is not continued, so its state is not read
     path = Path(folder, "state.pt")
     good = path.read_bytes()
     weights = max(train.read_state(path)["model"].values(), key=torch.numel)
@@ -547,11 +539,10 @@ def test_any_prompt_is_continued_or_refused_in_one_line(work, capsys):
 def test_sampling_options_outside_their_range_are_refused(work, capsys):
     """Status 2 and the flag, for each wrong value; the ends of the range, and greedy at 0, work."""
     base = ["generate", "--checkpoint", "base.safetensors", "--prompt", "a"]
-    for flag, values in {"temperature": "-1 nan inf x", "top_k": "0 -3 1.5", "top_p": "0 1.1 nan",
-                         "min_p": "-0.1 1.1 nan", "repetition_penalty": "0 -1 nan inf", "max_new_tokens": "-1 1e3",
-                         "num_samples": "0 -1",
-                         "seed": f"-1 {2**70} x"}.items():
-        for value in values.split():
+    wrong = ("temperature -1 nan inf x|top_k 0 -3 1.5|top_p 0 1.1 nan|min_p -0.1 1.1 nan|repetition_penalty 0 -1 nan|"
+             f"repetition_penalty inf|max_new_tokens -1 1e3|num_samples 0 -1|seed -1 {2**70} x")
+    for flag, *values in (row.split() for row in wrong.split("|")):
+        for value in values:
             refused(capsys, gpt.main, [*base, f"--{flag}={value}"], 2, flag)
     for flags in ("--temperature 0", "--max_new_tokens 0", "--top_k 9999", "--top_p 1", "--min_p 1", f"--seed {2**62}"):
         assert gpt.main([*base, "--max_new_tokens", "2", *flags.split()]) == 0
@@ -586,28 +577,28 @@ def test_output_that_ends_or_cannot_show_a_character(work):
 # Faults
 
 
-def saver_of(name):
-    """Return a function that writes one small file with the saver that has this name."""
-    def with_atomic(path):
-        with data.atomic(Path(path)) as file:
-            file.write(b"new")
+def raising(error):
+    """Return a function that raises an error, whatever it is called with."""
+    def fails(*args, **named):
+        raise error
 
-    def with_replacing(path):
-        with gpt.replacing(path) as file:
-            file.write(b"new")
-
-    return {"gpt.replacing": with_replacing, "data.atomic": with_atomic,
-            "tokenizer.write_file": lambda path: tok.write_file(path, "new"),
-            "lora.write_bytes": lambda path: lora.write_bytes(Path(path), b"new")}[name]
+    return fails
 
 
-SAVERS = ("gpt.replacing", "data.atomic", "tokenizer.write_file", "lora.write_bytes")
+def replaced(path):
+    """Write one small file through gpt.replacing."""
+    with gpt.replacing(path) as file:
+        file.write(b"new")
+
+
+SAVERS = {"gpt.replacing": replaced, "tokenizer.write_file": lambda path: tok.write_file(path, "new")}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder cannot be synced")
 @pytest.mark.parametrize("saver", SAVERS)
 def test_every_file_is_on_disk_before_it_has_its_name(saver, tmp_path, monkeypatch):
-    """Content synced, renamed, then the folder synced: in any other order a power cut can leave an empty file."""
+    """Content synced, then renamed: in any other order a power cut can leave an empty file. A state's folder is synced
+    too, so that the new name lasts."""
     order, fsync, replace = [], os.fsync, os.replace
 
     def synced(descriptor):
@@ -616,15 +607,15 @@ def test_every_file_is_on_disk_before_it_has_its_name(saver, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda old, new: (order.append("rename"), replace(old, new)))
-    saver_of(saver)(tmp_path / "file")
-    assert order == [3, "rename", "folder"] and (tmp_path / "file").read_bytes() == b"new"
+    SAVERS[saver](tmp_path / "file")
+    assert order == [3, "rename", "folder"][: 3 if saver == "gpt.replacing" else 2]
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_only_these_savers_give_a_file_its_name():
     """In the nine files nothing else renames, but for folders that move as a whole and downloads, which are checked."""
-    known = {"gpt.py": {"replacing"}, "data.py": {"atomic", "prepare"}, "lora.py": {"write_bytes"},
-             "train.py": {"move_aside"}, "tokenizer.py": {"write_file", "train"},
-             "gpt2_weights.py": {"take_over", "leave", "download"}}
+    known = {"gpt.py": {"replacing"}, "data.py": {"download"}, "train.py": {"claim"},
+             "tokenizer.py": {"write_file", "train"}}
     for path in sorted(ROOT.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found = {function.name for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
@@ -640,16 +631,12 @@ def test_a_disk_that_fills_or_fails_leaves_every_old_file(saver, number, tmp_pat
     """The error names the file, the old content stays, and no temporary does."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
-
-    def failing(descriptor):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", raising(OSError(number, os.strerror(number))))
     with pytest.raises(OSError) as caught:
-        saver_of(saver)(path)
+        SAVERS[saver](path)
     monkeypatch.undo()
     line = gpt.explain(caught.value)
-    assert str(path) in line and os.strerror(number) in line and "another" in line and ".tmp" not in line
+    assert str(path) in line and os.strerror(number) in line and ".tmp" not in line
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
 
 
@@ -657,33 +644,28 @@ def test_a_disk_that_fills_or_fails_leaves_every_old_file(saver, number, tmp_pat
 def test_a_disk_that_fails_while_data_is_prepared_leaves_nothing(number, work, capsys, monkeypatch):
     """data.py prepare: one line with the folder that was asked for, and nothing stands there or beside it."""
     CharTokenizer.train([" ".join(WORDS)]).save("chars.json")
-
-    def failing(descriptor):
-        raise OSError(number, os.strerror(number))
-
     argv = ["prepare", "--data", "text.txt", "--tokenizer", "chars.json"]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", failing)
-        line = refused(capsys, data.main, argv, 1, "data/prepared/", "train.bin", os.strerror(number), "another",
-                       new="^$")
-    assert ".tmp" not in line and list(Path("data/prepared").iterdir()) == []
+        patch.setattr(os, "fsync", raising(OSError(number, os.strerror(number))))
+        line = refused(capsys, data.main, argv, 1, "data/prepared/", "train.bin", os.strerror(number), new="^$")
+    assert ".tmp" not in line and not [path for path in Path("data").rglob("*") if path.is_file()]
     assert data.main(argv) == 0 and len(list(Path("data/prepared").iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", TRAIN_FIRST)
-def test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state(name, work, capsys, monkeypatch):
+def test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state(name, work, capsys, monkeypatch, steps):
     """EIO when the state of step 3 is synced: one line, status 1, the state of step 2 loads, and the run goes on."""
     real = os.fsync
 
     def failing(descriptor):
-        if train.Run.current is not None and train.Run.current.step == 3:
+        if steps.done == 3:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
     folder = SCRIPTS[name][2]
-    refused(capsys, SCRIPTS[name][0], [*SCRIPTS[name][1].split(), "--save_every", 1], 1, f"{folder}/state.pt", "fault",
-            new="^out/|^data/|mine")
+    refused(capsys, SCRIPTS[name][0], words_of(name, "--save_every", 1), 1, f"{folder}/state.pt",
+            os.strerror(errno.EIO), new="^out/|^data/|mine")
     monkeypatch.setattr(os, "fsync", real)
     assert train.read_state(f"{folder}/state.pt")["step"] == 2 and not list(Path(folder).glob(".*.tmp"))
     go(name, "--save_every", 1, "--resume")
@@ -691,14 +673,14 @@ def test_a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state(name, work
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("name", TRAIN_FIRST)
-def test_a_full_disk_is_named_wherever_a_run_writes(name, work, capsys, monkeypatch):
+def test_a_full_disk_is_named_wherever_a_run_writes(name, work, capsys, monkeypatch, steps):
     """Each file of a run in turn meets a full disk: file or folder is named, the state loads, and the run goes on."""
     main, command, folder = SCRIPTS[name]
     real, told = builtins.open, []
-    for target in ("metrics.jsonl", "curves.svg", "model.safetensors", "summary.json", "samples.txt"):
+    for target in ("metrics.jsonl", "curves.svg", "model.safetensors", "summary.json", "samples.txt", "state.pt"):
 
         def full(path, mode="r", *rest, **named):
-            hit = target in str(path) and folder in str(path) and mode in ("wb", "a") and run_started()
+            hit = target in str(path) and folder in str(path) and mode in ("wb", "a") and steps.done > 1
             return real("/dev/full" if hit else path, mode, *rest, **named)
 
         shutil.rmtree("out", ignore_errors=True)
@@ -709,27 +691,45 @@ def test_a_full_disk_is_named_wherever_a_run_writes(name, work, capsys, monkeypa
         if status:  # not every script writes each of them
             told.append(target)
             line = next(line for line in err.splitlines() if line.startswith("error:"))
-            assert status == 1 and re.match(rf"error: {folder}(/{target})?: No space left on device; free some", line)
+            assert status == 1 and re.match(rf"error: {folder}(/{target})?: No space left on device", line)
             assert train.read_state(f"{folder}/state.pt")["step"] > 0 and not list(Path(folder).glob(".*.tmp"))
             go(name, "--save_every", 1, "--resume")
-    assert {"metrics.jsonl", "curves.svg", "summary.json"} <= set(told)
+    assert {"metrics.jsonl", "curves.svg", "summary.json", "state.pt"} <= set(told)
 
 
-def run_started():
-    """Return whether a run is beyond its second step."""
-    return train.Run.current is not None and train.Run.current.step > 1
+def count_steps(patch=setattr):
+    """Return an object whose `done` is the number of steps that the latest run has finished: its looks at Stop."""
+    steps, begin, look = types.SimpleNamespace(done=0), train.Stop.__init__, train.Stop.__bool__
+
+    def began(stop):
+        steps.done = 0
+        begin(stop)
+
+    def looked(stop):
+        steps.done += 1
+        return look(stop)
+
+    patch(train.Stop, "__init__", began)
+    patch(train.Stop, "__bool__", looked)
+    return steps
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Return the count of finished steps, see `count_steps`."""
+    return count_steps(monkeypatch.setattr)
 
 
 @pytest.mark.parametrize("fault", ["a bit", "the end"])
-def test_a_state_that_does_not_read_back_never_gets_its_name(fault, work, capsys, monkeypatch):
+def test_a_state_that_does_not_read_back_never_gets_its_name(fault, work, capsys, monkeypatch, steps):
     """A disk that stores one wrong bit in step 3, or only the beginning: status 1, and the state of step 2 stays."""
     real = torch.save
 
     def wrong(state, file):
         real(state, file)
-        if train.Run.current.step == 3 and fault == "the end":
+        if steps.done == 3 and fault == "the end":
             file.truncate(1000)
-        elif train.Run.current.step == 3:
+        elif steps.done == 3:
             weights = max(state["model"].values(), key=torch.numel)
             with open(file.name, "rb") as written:
                 file.flush()
@@ -738,8 +738,9 @@ def test_a_state_that_does_not_read_back_never_gets_its_name(fault, work, capsys
             file.write(bytes([gpt.tensor_bytes(weights).raw[0] ^ 1]))
 
     monkeypatch.setattr(torch, "save", wrong)
-    refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--save_every", 1], 1, "out/pretrain/state.pt",
-            "another disk", new="^out/|^data/")
+    line = refused(capsys, train.main, words_of("train", "--save_every", 1), 1, "out/pretrain/state.pt",
+                   new="^out/|^data/")
+    assert ".tmp" not in line and "--fresh" not in line  # that file is gone, and the run can go on
     assert train.read_state("out/pretrain/state.pt")["step"] == 2 and not list(Path("out/pretrain").glob(".*.tmp"))
 
 
@@ -752,14 +753,10 @@ UNREADABLE = {"permission": PermissionError(errno.EACCES, os.strerror(errno.EACC
 @pytest.mark.parametrize("what", UNREADABLE)
 def test_a_state_that_cannot_be_read_now_is_not_called_damaged(what, where, work, capsys, monkeypatch):
     """An error that is not the file's fault is told as it is, not with the advice to start anew; later it goes on."""
-    stop_at("train", 1, "report", monkeypatch)
-
-    def failing(*args, **named):
-        raise UNREADABLE[what]
-
+    stop_at("train", 1, "look", monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(*where, failing)
-        line = refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--resume"], 1,
+        patch.setattr(*where, raising(UNREADABLE[what]))
+        line = refused(capsys, train.main, words_of("train", "--resume"), 1,
                        "out of memory" if what == "memory" else UNREADABLE[what].strerror)
     assert "damaged" not in line and "--fresh" not in line
     go("train", "--resume")
@@ -769,28 +766,28 @@ def test_without_network_what_needs_it_is_one_line_and_the_rest_runs(work, capsy
     """With no socket at all the four scripts run; GPT-2's tokenizer, weights and a dataset say what to put where."""
     import tiktoken.registry
 
-    def none(*args, **named):
-        raise OSError(errno.ENETUNREACH, "Network is unreachable")
-
-    monkeypatch.setattr(socket, "socket", none)
-    monkeypatch.setattr(socket, "create_connection", none)
-    monkeypatch.setattr(socket, "getaddrinfo", none)
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, raising(OSError(errno.ENETUNREACH, "Network is unreachable")))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(work / "cache"))
     for name in SCRIPTS:
         go(name, "--max_steps", 1)
-    refused(capsys, train.main, ["--data", "text.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR")
+    for key, stages in ((row[2], row[0].split()) for row in train.REPORT):  # what the report looks for is there
+        assert all(key in json.loads(path.read_text(encoding="utf-8")) for path in Path("out").glob("*/summary.json")
+                   if path.parent.name in stages), key
+    refused(capsys, train.main, ["--data", "text.txt", "--out_dir", "x", "--tokenizer", "gpt2"], 1,
+            "TIKTOKEN_CACHE_DIR")
     refused(capsys, data.main, ["get", "verdict"], 1, "the-verdict.txt", new=r"\.lock$|^data/")
     refused(capsys, gpt2_weights.main, ["get", "--model", "gpt2"], 1, "model.safetensors", new=r"\.lock$|^data/")
 
 
-def test_a_spike_of_the_loss_is_warned_of_once(work, capsys, monkeypatch):
+def test_a_spike_of_the_loss_is_warned_of_once(work, capsys, monkeypatch, steps):
     """Ten times the loss at step 25 of 30: one warning with step and both losses; the run ends well; none without."""
     real = train.next_token_loss
     for factor, warnings in ((10, 1), (1, 0)):
         monkeypatch.setattr(train, "next_token_loss", lambda logits, targets: real(logits, targets) * (
-            factor if logits.requires_grad and train.Run.current.step == 24 else 1))
+            factor if logits.requires_grad and steps.done == 24 else 1))
         capsys.readouterr()
         go("train", "--max_steps", 30, "--fresh", "--eval_every", 0, "--save_every", 0, "--accumulate", 1)
         err = capsys.readouterr().err
@@ -808,7 +805,7 @@ def test_a_clock_that_jumps_changes_nothing(work, monkeypatch):
     rows = [json.loads(line) for line in open("out/pretrain/metrics.jsonl", encoding="utf-8")]
     assert digest("out/pretrain") == expected and 0 <= summary["seconds"] < 600
     assert min(row.get("tokens_per_second", 0) for row in rows) >= 0
-    stop_at("train", 7, "report", monkeypatch)
+    stop_at("train", 7, "look", monkeypatch)
     for path in Path("out/pretrain").iterdir():
         os.utime(path, (2**31 + 7e7, 2**31 + 7e7 if path.name != "state.pt" else 0))
     go("train", "--resume")
@@ -823,19 +820,19 @@ OUT_OF_MEMORY = {  # as the CPU's allocator, CUDA and Python say it
 
 @pytest.mark.parametrize("said", OUT_OF_MEMORY)
 @pytest.mark.parametrize("name", TRAIN_FIRST)
-def test_out_of_memory_names_the_flags_to_lower(name, said, work, capsys, monkeypatch):
+def test_out_of_memory_names_the_flags_to_lower(name, said, work, capsys, monkeypatch, steps):
     """In a step: one line, status 1, and the state of the step before it stays."""
     real = torch.Tensor.backward
 
     def backward(tensor, *args, **named):
-        if train.Run.current.step == 2:
+        if steps.done == 2:
             raise OUT_OF_MEMORY[said]
         return real(tensor, *args, **named)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     main, command, folder = SCRIPTS[name]
     refused(capsys, main, [*command.split(), "--save_every", 1], 1, "out of memory", "--batch_size", "--context_length",
-            "--accumulate", new="^out/|^data/|mine")
+            new="^out/|^data/|mine")
     assert train.read_state(f"{folder}/state.pt")["step"] == 2
 
 
@@ -849,14 +846,13 @@ def test_a_lock_ends_with_its_holder(work, capsys):
     pytest.importorskip("fcntl")
 
     def hold():
-        real = train.Run.report
-        train.Run.report = lambda run, *figures: (real(run, *figures), Path("ready").touch(), time.sleep(600))
-        return train.main(SCRIPTS["train"][1].split())
+        train.Stop.__bool__ = lambda stop: (Path("ready").touch(), time.sleep(600))
+        return train.main(words_of("train"))
 
     pid = forked(hold)
     try:
         until(Path("ready").exists)
-        refused(capsys, train.main, [*SCRIPTS["train"][1].split(), "--resume"], 2, f"in use by process {pid}")
+        refused(capsys, train.main, words_of("train", "--resume"), 2, f"in use by process {pid}")
     finally:
         os.kill(pid, signal.SIGKILL)
     assert ended(pid) == -signal.SIGKILL
@@ -867,9 +863,8 @@ def test_a_lock_ends_with_its_holder(work, capsys):
 # Exact resume
 
 POINTS = {  # where a run of 12 steps is stopped, with five steps in an epoch: (step, where in it)
-    "first step": (1, "report"), "in an epoch": (3, "report"), "end of an epoch": (5, "report"),
-    "between the pieces of a batch": (7, "backward"), "after an evaluation": (8, "report"),
-    "last but one": (11, "report")}
+    "first step": (1, "look"), "in an epoch": (3, "look"), "end of an epoch": (5, "look"),
+    "between the micro-batches": (7, "backward"), "after an evaluation": (8, "look"), "last but one": (11, "look")}
 
 
 def digest(folder):
@@ -883,37 +878,41 @@ def digest(folder):
     return *last, best
 
 
-def stop_at(name, step, place, monkeypatch, number=signal.SIGTERM):
+def stop_at(name, step, place, monkeypatch, number=signal.SIGTERM, flags=()):
     """Run a script anew until the signal that it gets during `step` has stopped it."""
-    report, backward, seen = train.Run.report, torch.Tensor.backward, []
-
-    def in_report(run, *figures):
-        report(run, *figures)
-        if place == "report" and run.step == step:
-            run.on_signal(number, None)
-
-    def in_backward(tensor, *args, **named):
-        backward(tensor, *args, **named)
-        if place == "backward" and train.Run.current.step == step - 1 and not seen:
-            seen.append(train.Run.current.on_signal(number, None))
-
+    backward, told = torch.Tensor.backward, []
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "report", in_report)
+        steps = count_steps(patch.setattr)
+        counted = train.Stop.__bool__
+
+        def in_look(stop):
+            if place == "look" and steps.done == step - 1:
+                stop.signal = number
+            return counted(stop)
+
+        def in_backward(tensor, *args, **named):
+            backward(tensor, *args, **named)
+            if place == "backward" and steps.done == step - 1 and not told:
+                told.append(signal.raise_signal(number))
+
+        patch.setattr(train.Stop, "__bool__", in_look)
         patch.setattr(torch.Tensor, "backward", in_backward)
-        go(name, "--fresh", status=128 + number)
+        go(name, "--fresh", *flags, status=128 + number)
     assert train.read_state(f"{SCRIPTS[name][2]}/state.pt")["step"] == step
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", TRAIN_FIRST + [pytest.param(name, marks=pytest.mark.slow)
+                                                for name in SCRIPTS if name not in FIRST])
 def test_a_run_stopped_at_six_points_ends_with_the_same_bits(name, work, monkeypatch):
-    """6 of 6 for each of four scripts; with other random numbers or without moments, the controls, the bits differ."""
-    folder, lengths, equal = SCRIPTS[name][2], [], 0
+    """6 of 6 for each of seven runs, 42 in all; the controls, with other random numbers or without moments, differ."""
+    main, _, folder = SCRIPTS[name]
+    module, lengths, equal = sys.modules[main.__module__], [], 0
     with monkeypatch.context() as patch:
-        batches = train.Run.batches
-        patch.setattr(train.Run, "batches", lambda run, order, size: (lengths.append(-(-len(order) // size)),
-                                                                      batches(run, order, size))[1])
+        real = module.batches
+        patch.setattr(module, "batches", lambda n, config, *rest, **named: (
+            lengths.append(math.ceil(n / config.batch_size)), real(n, config, *rest, **named))[1])
         go(name)
-    assert set(lengths) == {5}  # steps in an epoch
+    assert lengths == [5]  # steps in an epoch
     expected = digest(folder)
     for step, place in POINTS.values():
         stop_at(name, step, place, monkeypatch)
@@ -922,7 +921,7 @@ def test_a_run_stopped_at_six_points_ends_with_the_same_bits(name, work, monkeyp
         go(name, "--resume")
         equal += digest(folder) == expected
     assert equal == len(POINTS) == 6
-    for part in ("rng", "optimizers"):
+    for part in ("rng", "optimizers")[name == "dpo" :]:  # which draws nothing: its policy has no dropout
         shutil.rmtree(folder)
         shutil.copytree("stopped", folder)
         state = train.read_state(f"{folder}/state.pt")
@@ -934,6 +933,22 @@ def test_a_run_stopped_at_six_points_ends_with_the_same_bits(name, work, monkeyp
         torch.save(state, f"{folder}/state.pt")
         go(name, "--resume")
         assert digest(folder)[0] != expected[0], part
+
+
+def test_another_init_under_the_same_adapters_is_refused(work, capsys, monkeypatch):
+    """With a base of the same shapes but other weights nothing changes; with the same one it goes on to the same bits."""
+    flags = "--lora_rank", 2
+    go("sft", *flags)
+    expected, base = digest("out/sft"), Path("base.safetensors").read_bytes()
+    stop_at("sft", 4, "look", monkeypatch, flags=flags)
+    model, tokenizer, info = gpt.load_checkpoint("base.safetensors")
+    with torch.no_grad():
+        model.pos_emb.weight[0, 0] += 1
+    gpt.save_checkpoint("base.safetensors", model, tokenizer, **info)
+    refused(capsys, finetune_sft.main, words_of("sft", "--resume", *flags), 1, "--init base.safetensors", "--fresh")
+    Path("base.safetensors").write_bytes(base)
+    go("sft", "--resume", *flags)
+    assert digest("out/sft") == expected
 
 
 @pytest.mark.slow
@@ -964,7 +979,7 @@ def test_a_kill_between_writing_and_renaming_resumes_to_the_same_bits(nth, work)
     def killed():
         real, count = os.replace, itertools.count(1)
         os.replace = lambda *names: os.kill(os.getpid(), 9) if next(count) == nth else real(*names)
-        return train.main([*SCRIPTS["train"][1].split(), "--fresh"])
+        return train.main(words_of("train", "--fresh"))
 
     assert ended(forked(killed)) == -signal.SIGKILL
     assert len(list(Path("out/pretrain").glob(".*.tmp"))) == 1
@@ -978,19 +993,21 @@ def test_twenty_kills_while_saving_lose_nothing(work, monkeypatch):
     than the last save that was finished, and the resumed run ends with the same bits."""
     go("train")
     expected, filler = digest("out/pretrain"), torch.arange(500_000)  # which makes a save take longer
-    stop_at("train", 1, "report", monkeypatch)
+    stop_at("train", 1, "look", monkeypatch)
     shutil.copytree("out/pretrain", "stopped")
     rng, survived, path = random.Random(0), 0, Path("out/pretrain/state.pt")
 
-    def save_without_end(run, *figures):
-        for number in itertools.count():
-            run.kept.update(number=number, filler=filler)
-            run.save()
-            Path("saved").write_text(str(number), encoding="utf-8")
-
     def killed():
-        train.Run.report = save_without_end
-        return train.main([*SCRIPTS["train"][1].split(), "--resume"])
+        real = train.save_state
+
+        def save_without_end(folder, model, optimizers, progress, *rest):
+            for number in itertools.count():
+                progress.extra.update(number=number, filler=filler)
+                real(folder, model, optimizers, progress, *rest)
+                Path("saved").write_text(str(number), encoding="utf-8")
+
+        train.save_state = save_without_end
+        return train.main(words_of("train", "--resume", "--save_every", "1"))
 
     for _ in range(20):
         shutil.rmtree("out/pretrain")
@@ -1004,20 +1021,26 @@ def test_twenty_kills_while_saving_lose_nothing(work, monkeypatch):
             os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         found, told = train.read_state(path), Path("saved").read_text(encoding="utf-8")
-        kept = found["progress"]["kept"]
+        kept = found["progress"]["extra"]
         survived += found["step"] == 2 and torch.equal(kept["filler"], filler) and kept["number"] >= int(told or 0)
     assert survived == 20
     go("train", "--resume")
     assert digest("out/pretrain") == expected and not list(Path("out/pretrain").glob(".*.tmp"))
 
 
+def logged_steps():
+    """Return the steps of the rows in the log of out/pretrain."""
+    lines = Path("out/pretrain/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
 @pytest.mark.parametrize("rest", [b'{"step": 7, "lo', b"\0\0\0\0", b'{"step": 7, "sample": "\xc3',
-                                  b'7\n[7]\n"step"\nnull\n{"loss": 1}\n{"step": "7"}\n{"step": null}\n'])
+                                  b'7\n[7]\n"step"\nnull\n{"loss": 1}\n{"step": "x"}\n{"step": null}\n'])
 def test_what_a_power_cut_leaves_is_cleared_away(rest, work, monkeypatch):
     """Half a line at the end of the log, temporary files beside model and adapter: --resume goes on to the same end."""
     go("train")
-    expected, log = digest("out/pretrain"), Path("out/pretrain/metrics.jsonl").read_text(encoding="utf-8")
-    stop_at("train", 7, "report", monkeypatch)
+    expected, steps = digest("out/pretrain"), logged_steps()
+    stop_at("train", 7, "look", monkeypatch)
     with open("out/pretrain/metrics.jsonl", "ab") as file:
         file.write(rest)
     Path("out/pretrain/adapter").mkdir()
@@ -1025,33 +1048,31 @@ def test_what_a_power_cut_leaves_is_cleared_away(rest, work, monkeypatch):
         Path("out/pretrain", name).write_bytes(b"half")
     go("train", "--resume")
     assert digest("out/pretrain") == expected and not list(Path("out/pretrain").rglob("*.tmp"))
-    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in (
-        log, Path("out/pretrain/metrics.jsonl").read_text(encoding="utf-8"))]
-    assert steps[0] == steps[1]
+    assert logged_steps() == steps
 
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_signals_in_a_save_and_twice(signals, work):
     """SIGTERM inside a save ends after it, saved, with 143; a second one ends at once, and the old state is whole."""
     go("train")
-    expected = digest("out/pretrain")
+    expected, logged = digest("out/pretrain"), logged_steps()
 
     def told():
-        real = os.replace
+        real, steps = os.replace, count_steps()
 
         def replace(old, new):
-            if train.Run.current is not None and train.Run.current.step == 6 and str(new).endswith("state.pt"):
+            if steps.done == 6 and str(new).endswith("state.pt"):
                 for _ in range(signals):
                     os.kill(os.getpid(), signal.SIGTERM)
             real(old, new)
 
         os.replace = replace
-        return train.main([*SCRIPTS["train"][1].split(), "--fresh"])
+        return train.main(words_of("train", "--fresh"))
 
     assert ended(forked(told)) == (143 if signals == 1 else -signal.SIGTERM)
     assert train.read_state("out/pretrain/state.pt")["step"] == (7 if signals == 1 else 3)
     go("train", "--resume")
-    assert digest("out/pretrain") == expected
+    assert digest("out/pretrain") == expected and logged_steps() == logged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1070,8 +1091,8 @@ def test_damage_to_any_file_is_found_before_it_is_used(work):
 
     Found means refused; what loads all the same (a byte that nothing depends on) must be equal in all that it holds."""
     go("train", "--max_steps", 2)
-    assert finetune_sft.main([*SCRIPTS["sft"][1].split(), "--max_steps", "2", "--lora_rank", "2"]) == 0
-    BPETokenizer.train([" ".join(WORDS) * 3], 290, workers=1).save("tokenizer.json")
+    assert finetune_sft.main(words_of("sft", "--max_steps", "2", "--lora_rank", "2")) == 0
+    BPETokenizer.train([" ".join(WORDS) * 3], 290).save("tokenizer.json")
     prepared = next(Path("data/prepared").glob("*/train.bin"))
 
     def adapted(path):
@@ -1152,31 +1173,25 @@ def malicious(marker):
             os.mkdir(str(marker))
 
     globals()["Module"], Module.__qualname__ = Module, "Module"  # pickle finds it by name
-    return {"zip of torch.save": saved({"format": 1, "model": Runs(marker)}), "raw pickle": pickle.dumps(Runs(marker)),
-            "old torch format": saved({"format": 1, "x": Runs(marker)}, _use_new_zipfile_serialization=False),
+    return {"zip of torch.save": saved({"format": 2, "model": Runs(marker)}), "raw pickle": pickle.dumps(Runs(marker)),
+            "old torch format": saved({"format": 2, "x": Runs(marker)}, _use_new_zipfile_serialization=False),
             "eval": saved([RunsEval(marker)]), "pickle in a storage": nested_storage(Runs(marker)),
             "whole module": saved(Module())}
 
 
 def test_six_kinds_of_malicious_checkpoints_run_nothing(work, capsys):
-    """6 of 6, as a state, as --init of each script, for the leaves: refused in one line, the marker never appears."""
+    """6 of 6, as a state, under every flag that names a model: refused in one line, the marker never appears."""
     marker = work / "marker"
     kinds = malicious(marker)
     go("train", "--max_steps", 1)
     Path("out/pretrain/summary.json").unlink()
-    safe, resume = 0, [*SCRIPTS["train"][1].split(), "--max_steps", 1, "--resume"]
+    safe, resume = 0, words_of("train", "--max_steps", 1, "--resume")
     for content in kinds.values():
         for path in ("out/pretrain/state.pt", "bad.safetensors", "bad.pt"):
             Path(path).write_bytes(content)
         refused(capsys, train.main, resume, 1, "state.pt is damaged or not ours", "--fresh")
-        for main, argv in ((gpt.main, ["--prompt", "a", "--checkpoint"]),
-                           (train.main, ["--data", "text.txt", "--init"]),
-                           (finetune_cls.main, ["--data", "rows.tsv", "--init"]),
-                           (finetune_sft.main, ["--data", "mine.json", "--init"]),
-                           (rlhf.main, ["ppo", "--data", "pairs.json", "--init"]),
-                           (gpt2_weights.main, ["import", "--source"])):
-            for path in ("bad.safetensors", "bad.pt"):
-                refused(capsys, main, [*argv, path], 1, path)
+        for (main, argv), path in itertools.product(MODELS, ("bad.safetensors", "bad.pt")):
+            refused(capsys, main, [*argv.split(), path], 1, path)
         safe += not marker.exists()
     assert safe == len(kinds) == 6
     for kind, content in kinds.items():  # the control: each of them does what it says where nobody looks
@@ -1204,7 +1219,7 @@ def test_no_hostile_document_gives_a_special_id():
     """10,000 of 10,000 with a byte-pair tokenizer trained on such, one by one and as an array; words and characters."""
     names = ("<|endoftext|>", "<|pad|>", "<|user|>")
     texts = list(hostile_documents(names))
-    bpe = BPETokenizer.train(texts[:300], 400, special_tokens=names, workers=1)
+    bpe = BPETokenizer.train(texts[:300], 400, special_tokens=names)
     chars = CharTokenizer.train(texts[:2000], specials=True)
     words = WordTokenizer.train(texts[:300])
     special = {bpe.vocab_size - 1 - i for i in range(3)}
@@ -1227,31 +1242,14 @@ def test_hostile_data_puts_the_end_of_text_only_where_a_document_ends(work):
     texts = [text for text in hostile_documents(("<|endoftext|>",), 300) if "\0" not in text and text.strip()]
     with open("hostile.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    bpe = BPETokenizer.train(texts[:50], 300, workers=1)
+    bpe = BPETokenizer.train(texts[:50], 300)
     folder = data.prepare("hostile.jsonl", bpe)
     ids = [data.load_tokens(folder / f"{part}.bin").to(torch.int64) for part in ("train", "val")]
     ends = sum((part == bpe.eot_id).sum().item() for part in ids)
     assert ends == len(texts) > 200
     entries = [{"instruction": text, "input": text, "output": text} for text in texts[:50]]
-    items, _ = finetune_sft.encode_entries(entries, bpe, "plain", 4096, True)
+    items = finetune_sft.encode_entries(entries, bpe, "plain", 4096, True)
     assert len(items) == 50 and all(bpe.eot_id not in ids for ids, _ in items)
-
-
-PATTERNS = (r"\bpickle\.loads?\(", r"\bimport pickle\b", r"weights_only\s*=\s*False", r"\.extractall\(",
-            r"(?<![.`\w])eval\(", r"(?<![.\w])exec\(", r"verify\s*=\s*False",
-            r"shell\s*=\s*True", r"os\.system\(", r"yaml\.load\(")
-
-
-def test_no_dangerous_word_stands_in_the_tree():
-    """A plain search, beside the syntax trees of test_layout: the nine files, bench.py, Makefile, README and CI."""
-    paths = [*ROOT.glob("*.py"), ROOT / "tests" / "bench.py", ROOT / "Makefile", ROOT / "README.md",
-             *(path for path in (ROOT / ".ci").glob("*") if path.is_file())]
-    found = [(path.name, pattern) for path in paths for pattern in PATTERNS
-             if re.search(pattern, path.read_text(encoding="utf-8"))]
-    assert found == [] and len(paths) > 11
-    assert all(any(re.search(pattern, line) for pattern in PATTERNS) for line in (
-        "pickle.load(f)", "x = eval(y)", "torch.load(f, weights_only = False)", "get(u, verify=False)",
-        "z.extractall(p)"))
 
 
 def test_a_key_in_the_environment_reaches_no_file_of_a_run(work, monkeypatch, capsys):
