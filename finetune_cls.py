@@ -353,6 +353,7 @@ def train(config):
                 save_state(folder, model, optimizers, progress, config, mark)
             if stopping:
                 stop_now(folder, progress, total, stop)
+        stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
         best, _, _ = load_classifier(folder / "model.safetensors", device)
         figures = figures_of(predict(best, test_messages, config.pooling, context=context), test_messages, info)
         summary = write_summary(folder, config, "classification", progress, model, mark, val_loss=progress.best,
@@ -426,7 +427,7 @@ def evaluate(config):
     """Print and return a classifier's figures on a part of the split of --data, or on all of it."""
     model, tokenizer, info = load_classifier(config.checkpoint, gpt.pick_device(config.device))
     if config.part == "all" and config.data != "tinyworld":
-        rows = read_labelled(config.data, info["labels"])
+        rows = deduplicate_and_balance(read_labelled(config.data, info["labels"]), config)
     else:
         parts, _ = read_parts(config)
         rows = sum(parts, []) if config.part == "all" else parts[PARTS.index(config.part)]

@@ -38,12 +38,12 @@ from data import (TEMPLATES, collate, exact_match, format_prompt, format_respons
 from gpt import GPT_CONFIGS, IGNORE, pick_device, write_json
 from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, all_sum, autocast, barrier, batches,
-                   check_finite, draw_curves, due, fingerprint, finished, is_best, load_start, log, make_optimizers,
-                   next_token_loss, on_first_rank, open_run, option, rank, read_log, report_step, run_script, save_best,
-                   save_state, set_learning_rate, shard, start_run, stop_now, sum_gradients, total_steps, wilson,
-                   write_summary)
+                   check_finite, draw_curves, due, fingerprint, finished, is_best, is_large, load_start, log,
+                   make_optimizers, next_token_loss, on_first_rank, open_run, option, rank, read_log, report_step,
+                   run_script, save_best, save_state, set_learning_rate, shard, start_run, stop_now, sum_gradients,
+                   total_steps, wilson, write_summary)
 
-TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: what six minutes have time for
+TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: about six minutes of training
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -71,7 +71,7 @@ class Config(AdapterOptions):
 
 def default_rate(word, config):
     """Return the optimizer and peak rate of training: by --lora_rank, the size of --init, and --optimizer."""
-    large = config.init in GPT_CONFIGS or os.path.isfile(config.init) and os.path.getsize(config.init) > 200_000_000
+    large = is_large(config.init)
     if config.lora_rank:
         return {"optimizer": "adamw", "learning_rate": 2e-4 if large else 5e-3}
     if large:

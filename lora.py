@@ -384,13 +384,14 @@ def info_command(args):
 
 def merge_command(args):
     """Write a plain checkpoint: the base with the adapter's update added to its weights."""
-    from gpt import load_checkpoint, read_checkpoint, save_checkpoint
+    from gpt import load_checkpoint, read_checkpoint, read_safetensors, save_checkpoint
     if Path(args.out).resolve() == Path(args.checkpoint).resolve():
         raise argparse.ArgumentError(None, "--out would overwrite --checkpoint; give another --out")
     model, tokenizer, info = load_checkpoint(args.checkpoint)
     merge_lora(load_lora(model, args.adapter))
     whole = Path(args.adapter).parent / "model.safetensors"  # the run's own knows its template and figures
-    info = read_checkpoint(whole)[3] if whole.is_file() else {"kind": info["kind"], "init": args.checkpoint}
+    ours = whole.is_file() and "config" in read_safetensors(whole)[1]
+    info = read_checkpoint(whole)[3] if ours else {"kind": info["kind"], "init": args.checkpoint}
     save_checkpoint(args.out, model, tokenizer, **{**info, "adapter": args.adapter})
     print(f"{args.out}: {args.checkpoint} with {args.adapter} merged into it")
 

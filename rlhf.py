@@ -16,7 +16,7 @@ update), val/explained_variance, val/stopped (share that ended), loss/*, eps (re
 
 Differs from Ziegler et al. 2019 and TRL: tokens after the stop token are masked, the score stands at the stop token, a
 response that does not stop loses a point, log-probabilities are recomputed by the forward pass that trains, so that the
-first ratios are 1 to the bit. GRPO ties to the reference by k2, and each token of a batch weighs the same.
+first ratios are 1 to the bit. GRPO's KL penalty is the k2 estimator, and each token of a batch weighs the same.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from data import (answer, exact_match, format_prompt, format_response, gold_scor
 from gpt import generate, pick_device, write_json
 from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, autocast, batches, check_finite,
-                   draw_curves, due, fingerprint, finished, full_precision, is_best, load_start, log, make_optimizers,
-                   naive_bayes, open_run, option, read_log, report_step, run_script, save_best, save_state,
-                   set_learning_rate, start_run, stop_now, total_steps, wilson, write_summary)
+                   draw_curves, due, fingerprint, finished, full_precision, is_best, is_large, load_start, log,
+                   make_optimizers, naive_bayes, open_run, option, read_log, report_step, run_script, save_best,
+                   save_state, set_learning_rate, start_run, stop_now, total_steps, wilson, write_summary)
 
 HEADS, NO_ANSWER = ("linear", "mlp", "likelihood"), "(no answer)"
 
@@ -61,7 +61,7 @@ class Config(AdapterOptions):
     schedule: str = option("linear", "after warm-up", choices=("cosine", "linear", "constant"))
     save_every: int = option(50, "steps between saves of state.pt, 0 = only at the end and when stopped", low=0)
     split_seed: int = option(1234, "of the division of a file, the same for all stages", low=0, high=2**62)
-    head: str = option("likelihood", "mlp: two layers; likelihood: linear, and reads the response's", choices=HEADS)
+    head: str = option("likelihood", "mlp: two layers; likelihood: linear, with the log-probability", choices=HEADS)
     loss: str = option("dpo", "sft only learns to write the chosen answers", choices=("dpo", "sft"))
     beta: float = option(0.1, "strength of the tie to the reference", low=0)
     label_smoothing: float = option(0.0, "share of preferences believed to be wrong", low=0, high=0.5)
@@ -267,6 +267,8 @@ class RewardModel(nn.Module):
         if head == "likelihood":
             nn.init.constant_(last.weight[:, C:], 0.2)
         self.head = last if head != "mlp" else nn.Sequential(nn.Linear(C, C), nn.GELU(), last)
+        if head != "likelihood" and not gpt.config.tie_weights:
+            gpt.out_head.requires_grad_(False)  # is not read
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -512,7 +514,7 @@ def load_reward(name, device, required=True):
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # the user's own module may raise anything
         raise ValueError(f"--reward {name}: {error}; it takes module:function, mine:{function} for mine.py") from None
     finally:
         sys.path.remove(os.getcwd())
@@ -590,6 +592,7 @@ def train_reward(config):
                 save_state(folder, model, optimizers, progress, config, mark)
             if stopping:
                 stop_now(folder, progress, total, stop)
+        stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
         figures = reward_figures(load_reward_model(folder / "model.safetensors", device)[0], rows, test_rows, pad_id)
         summary = write_summary(folder, config, "reward", progress, model, mark, val_loss=progress.best, **figures)
     print("reward model: accuracy {accuracy:.1%} ({accuracy_interval[0]:.1%} to {accuracy_interval[1]:.1%}), by length "
@@ -735,8 +738,7 @@ def train_policy(config, stage="ppo"):
                 updates.append(metrics)
             # F. report, adapt the KL penalty
             progress.step += 1
-            tokens = int(rollout.mask.sum())
-            progress.tokens += tokens
+            progress.tokens += (tokens := int(rollout.mask.sum()))
             progress.extra["episodes"] += len(texts)
             figures = step_figures(rollout, updates, kl_coef, len(texts) / (time.monotonic() - clock))
             progress.extra["kl_coef"] = kl_controller(kl_coef, figures["objective/kl"], config.kl_target, len(texts),
@@ -750,6 +752,7 @@ def train_policy(config, stage="ppo"):
                 save_state(folder, policy, optimizers, progress, config, mark)
             if stopping:
                 stop_now(folder, progress, total, stop)
+        stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
         return finish_policy(folder, stage, policy, reference, test_prompts, reward, tokenizer, progress, config, mark)
 
 
@@ -858,6 +861,7 @@ def train_dpo(config):
                 save_state(folder, model, optimizers, progress, config, mark)
             if stopping:
                 stop_now(folder, progress, total, stop)
+        stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
         return finish_policy(folder, "dpo", model, reference, prompts, reward, tokenizer, progress, config, mark)
 
 
@@ -979,8 +983,8 @@ def evaluate(config):
     write_json(target, table)
     for name in list(found)[1:] if config.judge else ():
         compared = zip(prompts[: config.judge_examples], found[name]["responses"], found["start"]["responses"])
-        share = judged_share([judge_preference(ask, row.text["prompt"], row.text["chosen"], ours, theirs)
-                              for row, ours, theirs in compared])
+        share = judged_share([judge_preference(ask, row.text["prompt"], row.text["chosen"].replace(NO_ANSWER, ""), ours,
+                                               theirs) for row, ours, theirs in compared])
         table["rows"][name]["judge"] = share["mean"], (share["interval"][1] - share["interval"][0]) / 2
         print("{} wins {mean:.1%} by the judge, {interval[0]:.1%} to {interval[1]:.1%}; {missing} replies are missing, "
               "as losses or wins {bounds[0]:.1%} or {bounds[1]:.1%}".format(name, **share))
@@ -996,7 +1000,7 @@ def load_policy(path, tokenizer, device, config):
     model, other, info = gpt.load_language_model(path, device)
     if other.to_dict() != tokenizer.to_dict():
         raise ValueError(f"{path} has another tokenizer than --init: they cannot be compared")
-    if info.get("split_seed", config.split_seed) != config.split_seed:
+    if config.data != "tinyworld" and info.get("split_seed", config.split_seed) != config.split_seed:
         print(f"note: {path} was trained with --split_seed {info['split_seed']}, perhaps on this data", file=sys.stderr)
     return model
 
@@ -1052,7 +1056,8 @@ def run_all(config):
     for word in ("reward", "ppo", "evaluate"):
         function, flags, _, defaults = COMMANDS[word]
         values = {name: getattr(config, name) for name in flags.split() if name in given}
-        values |= {**defaults, **adjust(word, config), **files, "out_dir": str(root / word), "command": config.command}
+        values |= {**defaults, **adjust(word, config), "out_dir": str(root / word), "command": config.command}
+        values |= {name: file for name, file in files.items() if name in flags.split()}
         ends = [steps for steps in (config.max_steps, defaults.get("max_steps")) if steps]
         function(Config(**{**values, "max_steps": min(ends, default=0)}))
 
@@ -1062,7 +1067,7 @@ RATES = {"reward": (3e-3, 1e-5), "ppo": (3e-4, 3e-6), "dpo": (1e-4, 1e-6), "grpo
 
 def adjust(word, config):
     """Return the defaults that depend on other flags: rate and optimizer, by the size of --init and with adapters."""
-    large = config.init in gpt.GPT_CONFIGS or Path(config.init).is_file() and os.path.getsize(config.init) > 2e8
+    large = is_large(config.init)
     muon = word == "reward" and not large and not config.lora_rank
     rate = RATES.get(word, (0.0, 0.0))[large] * (10 if config.lora_rank else 1)
     return {"learning_rate": rate, "optimizer": "muon" if muon else "adamw"}

@@ -56,7 +56,7 @@ class Options:
 
     data: str = option("tinyworld", "a name that `data.py list` shows, a file, a folder, or a mixture a:0.3,b:0.7")
     init: str = option("scratch", "start from: scratch, gpt2 ... gpt2-xl, or a checkpoint file")
-    out_dir: str = option("out/pretrain", "the run's folder")
+    out_dir: str = option("out/pretrain", "the folder to write to")
     epochs: int = option(0, "passes over the data, 0 = no limit; this or max_steps, whichever ends first", low=0)
     max_steps: int = option(0, "updates, 0 = no limit", low=0)
     batch_size: int = option(16, "sequences per update, over all processes", low=1)
@@ -74,7 +74,7 @@ class Options:
     save_every: int = option(200, "steps between saves of state.pt, 0 = only at the end and when stopped", low=0)
     log_every: int = option(20, "steps between log lines", low=1, high=100)
     patience: int = option(0, "stop after so many evaluations without a better one, 0 = never", low=0)
-    seed: int = option(1234, "of weights, data order and dropout", low=0, high=2**31 - 1)
+    seed: int = option(1234, "of all random numbers", low=0, high=2**31 - 1)
     device: str = option("auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")
     dtype: str = option("auto", "of matrix products; auto = bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile: a minute at the start, faster steps on a GPU")
@@ -127,8 +127,10 @@ class Command(NamedTuple):
 
 def parse_options(Config, word, command, script, argv, adjust=None):
     """Return the Config of a command line; `adjust` is that of `run_script`. Raises ArgumentError outside a limit."""
-    parser = gpt.Parser(prog=f"python {script} {word}", description=command.function.__doc__, allow_abbrev=False,
-                        formatter_class=lambda prog: RawDescriptionHelpFormatter(prog, 2, 26, 119))
+    prog = f"python {script} {word}"
+    parser = gpt.Parser(prog=prog, description=(command.function.__doc__ or "").partition("\n")[0],
+                        usage=f"{prog} [--flag value ...]" + " [text ...]" * ("text" in command.flags.split()),
+                        allow_abbrev=False, formatter_class=lambda prog: RawDescriptionHelpFormatter(prog, 2, 26, 119))
     fields = {field.name: field for field in dataclasses.fields(Config)}
     defaults = {name: command.defaults.get(name, fields[name].default) for name in command.flags.split()}
     for name, default in defaults.items():
@@ -137,9 +139,10 @@ def parse_options(Config, word, command, script, argv, adjust=None):
         if kind is list:  # of words, without a flag
             parser.add_argument(name, nargs="*", help=help)
         elif kind is bool:
-            parser.add_argument(f"--{name}", action=BooleanOptionalAction, help=help)
+            parser.add_argument(f"--{name}", action=BooleanOptionalAction if default else "store_true", help=help)
         else:
-            parser.add_argument(f"--{name}", type=kind, choices=meta["choices"], help=help, metavar=kind.__name__)
+            parser.add_argument(f"--{name}", type=kind, choices=meta["choices"], help=help,
+                                metavar=None if meta["choices"] else kind.__name__)
     parser.set_defaults(**defaults)
     if adjust:  # before --help is answered, which shows the adjusted defaults
         given, _ = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])
@@ -415,7 +418,7 @@ def next_token_loss(logits, targets):
 # A run's folder: refuse, lock, save, resume
 
 STATE_FORMAT = 2  # the first edition's states have 1
-RUN_FILES = ("state.pt", "model.safetensors", "summary.json")
+RUN_FILES = ("state.pt", "model.safetensors", "summary.json", "metrics.jsonl")
 FREE = {"resume", "fresh", "debug", "log_every", "save_every", "out_dir", "command", "checkpoint"}  # may change
 
 
@@ -502,7 +505,7 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass  # Windows has no file locks of this kind
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise ArgumentError(None, f"{folder} is in use by process {file.read()}; choose another --out_dir") from None
     file.truncate(0)
@@ -525,7 +528,7 @@ def claim(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     finished(config)  # once more under the lock: another process may have worked here since
-    for leftover in folder.rglob(".*.tmp"):
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("adapter/.*.tmp")):
         if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name):  # of a process that was killed while writing
             leftover.unlink()
     return held
@@ -551,7 +554,7 @@ def open_run(config, mark, progress):
                 raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; --fresh starts anew, "
                                           f"--init {folder}/model.safetensors trains on from there")
             if state["fingerprint"]["data"] != mark["data"]:
-                raise ValueError(f"{folder} was trained on other data; give the same data, or --fresh")
+                raise ValueError(f"{folder} was trained on other data or files; give the same, or --fresh")
             if state["fingerprint"]["frozen"] != mark["frozen"]:
                 raise ValueError(f"--init {config.init} is no longer what {folder} started from; --fresh starts anew")
         barrier()  # so that no process takes for an old state what another one saves now
@@ -666,10 +669,10 @@ def start_run(folder, state, model, optimizers, progress, total, config, mark, s
 def batches(n, config, progress, total, order=None):
     """Yield the indices of each update's batch from progress.step on; `order(epoch)` is a permutation of n items.
 
-    Ends at `total`, with --patience, or where the script sets progress.extra["ended"]. Ranks above 0 draw dropout from
+    Ends at `total` or with --patience. Ranks above 0 draw dropout from
     (seed, step, rank), a resumed run too."""
     per_epoch, indices = math.ceil(n / config.batch_size), []
-    while progress.step < total and not progress.extra.get("ended"):
+    while progress.step < total:
         if config.patience and progress.bad_evaluations >= config.patience:
             print(f"no better evaluation in {progress.bad_evaluations}: stopping early", file=sys.stderr)
             return
@@ -719,10 +722,10 @@ def read_log(folder):
     return rows
 
 
-def report_step(folder, progress, total, config, loss, norm, rate, tokens, clock, **figures):
+def report_step(folder, progress, total, config, loss, norm, rate, tokens, clock):
     """Log every --log_every steps: mean loss, rate, gradient norm before clipping, tokens per second, time left.
 
-    `clock` is the step's start. A loss twice as high as any of the last 100 steps, and above 1, is warned of."""
+    `clock` is the step's start. A loss twice as high as any of the last 100 steps, and above 1, prints a warning."""
     recent = progress.extra.setdefault("recent", [])  # [loss, tokens, seconds] of the last steps
     highest = max((row[0] for row in recent), default=math.inf)
     if len(recent) >= 20 and loss > max(1.0, 2 * highest):
@@ -734,13 +737,15 @@ def report_step(folder, progress, total, config, loss, norm, rate, tokens, clock
         losses, counts, spans = zip(*recent[-(progress.step % config.log_every or config.log_every) :])
         mean, speed = sum(losses) / len(losses), sum(counts) / max(sum(spans), 1e-9)
         left = int(sum(spans) / len(spans) * (total - progress.step))
-        log(folder, progress.step, loss=mean, rate=rate, norm=norm, tokens_per_second=round(speed), **figures)
+        log(folder, progress.step, loss=mean, rate=rate, norm=norm, tokens_per_second=round(speed))
         print(f"step {progress.step}/{total}  loss {mean:.4f}  rate {rate:.2e}  norm {norm:.2f}  {speed:,.0f} tok/s  "
               f"{left // 60}:{left % 60:02d} left", file=sys.stderr)
 
 
 def is_best(progress, value):
     """Return whether `value` is the lowest so far; --patience counts those that are not."""
+    if not math.isfinite(value):
+        raise ValueError(f"step {progress.step}: the validation figure is {value}; lower --learning_rate")
     better = value < progress.best
     progress.best = min(value, progress.best)
     progress.bad_evaluations = 0 if better else progress.bad_evaluations + 1
@@ -985,7 +990,7 @@ def evaluate(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report: what the stages wrote, as a table and a page
 
-REPORT = (  # stages, what, key in summary.json or evaluation.json, format, {baseline: key}
+REPORT = (  # stages, what, key in summary.json, format, {baseline: key}
     ("pretrain", "validation loss", "val_loss", ".3f", {}), ("pretrain", "bits per byte", "bits_per_byte", ".3f", {}),
     ("cls lora", "accuracy", "test_accuracy", ".1%", {"naive Bayes": "naive_bayes_accuracy"}),
     ("sft", "exact match", "exact_match", ".1%", {"before": "exact_match_before"}),
@@ -1007,7 +1012,7 @@ def report_rows(root):
     """Return rows of words, the first one the head: what every finished stage in a folder reached."""
     rows = [("stage", "held out", "value", "95% interval", "beside it", "seconds")]
     for stage, (_, what, key, form, others) in ((stage, row) for row in REPORT for stage in row[0].split()):
-        figures = {**read_json(root / stage / "summary.json", {}), **read_json(root / stage / "evaluation.json", {})}
+        figures = read_json(root / stage / "summary.json", {})
         if figures.get(key) is not None:
             interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval") or ())
             beside = ", ".join(f"{name} {figures[other]:{form}}" for name, other in others.items()
@@ -1051,9 +1056,15 @@ def main(argv=None):
         "report": Command(report, "out_dir debug", defaults={"out_dir": "out"})}, argv, adjust=default_rate)
 
 
+def is_large(init):
+    """Return whether --init names a model of GPT-2's size, by its name or its file's: it needs lower rates."""
+    return init in GPT_CONFIGS or os.path.isfile(init) and os.path.getsize(init) > 200_000_000
+
+
 def default_rate(word, config):
     """Return the peak rate for an optimizer and a size: Muon's best of three on Shakespeare, nanoGPT's for AdamW."""
-    large = config.model.startswith("gpt2") or config.init.startswith("gpt2")
+    width = config.emb_dim or GPT_CONFIGS[config.model].emb_dim
+    large = is_large(config.init) or config.init == "scratch" and width >= 768
     rates = {"muon": (1.2e-2, 2e-3), "adamw": (1e-3, 6e-4)}
     return {"learning_rate": rates[config.optimizer][large]} if config.optimizer in rates else {}
 

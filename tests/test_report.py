@@ -126,13 +126,6 @@ def test_the_same_questions_stand_before_and_after(out):
     assert "<td>foxs.</td><td>untuned fox </td><td>tuned fox </td>" in source and source.count("<td>untuned six ") == 1
 
 
-def test_a_later_evaluation_replaces_the_runs_own_figures(out):
-    """evaluation.json beside summary.json comes later, so its figures count, and an interval comes with its value."""
-    write(out / "ppo" / "evaluation.json", {"gold_after": 0.5, "gold_after_interval": [0.25, 0.75]})
-    found = {row[:2]: row[2:4] for row in train.report_rows(out)}
-    assert found["ppo", "gold score"] == ("0.50", "0.25 to 0.75") and found["ppo", "exact match"] == ("40.0%", "")
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "cls", "sft", "lora", "reward", "ppo"])
 def test_each_stage_alone_makes_a_page(out, stage, tmp_path_factory):
     """No part of the page needs another stage than its own, nor a picture."""

@@ -214,8 +214,7 @@ def test_batches_cover_every_example_once_an_epoch_and_go_on_where_a_run_stopped
     for step in range(14):
         assert list(listed(train.Progress(step=step))) == whole[step:]
     assert list(listed(train.Progress(), order=lambda epoch: torch.arange(11)))[4] == [4, 5, 6, 7]
-    for ended in (train.Progress(bad_evaluations=3), train.Progress(extra={"ended": True})):
-        assert not list(listed(ended))
+    assert not list(listed(train.Progress(bad_evaluations=3)))
 
 
 # --- whole runs
@@ -601,3 +600,21 @@ def test_the_verdict_is_memorized(real_data, gpt2_tokenizer, tmp_path, monkeypat
     summary = json.loads(Path("out/pretrain/summary.json").read_text(encoding="utf-8"))
     rows = logged()
     assert [row["loss"] for row in rows if "loss" in row][-1] < 1 < summary["val_loss"]
+
+
+def test_a_validation_figure_that_is_not_finite_ends_the_run():
+    """NaN would count as the lowest for ever after: it is refused, and the best so far stays."""
+    progress = train.Progress(step=3, best=1.5)
+    with pytest.raises(ValueError, match="step 3: the validation figure is nan"):
+        train.is_best(progress, math.nan)
+    assert progress.best == 1.5 and train.is_best(progress, 1.25)
+
+
+def test_a_run_leaves_the_unfinished_files_of_other_runs_alone(text):
+    """A folder below --out_dir belongs to another run, which may be saving now; so do names that are not of our form."""
+    for name in ("out/pretrain/other/.state.pt.999.tmp", "out/pretrain/.notes.tmp", "out/pretrain/.state.pt.99.tmp"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("half")
+    pretrain("--max_steps", 1, "--warmup_steps", 0)
+    assert Path("out/pretrain/other/.state.pt.999.tmp").exists() and Path("out/pretrain/.notes.tmp").exists()
+    assert not Path("out/pretrain/.state.pt.99.tmp").exists()
