@@ -374,7 +374,7 @@ def records(path):
 def text_field(entry, key, place, default=None):
     """Return entry[key], which must be a string; `default`, where given, stands for a missing key and for null."""
     value = default if entry.get(key) is None else entry[key]
-    problem = f"must be text, not {type(value).__name__}" if key in entry else "is missing"
+    problem = f"must be text, not {type(value).__name__}" if key in entry else f"is missing, found: {', '.join(entry)}"
     require(isinstance(value, str), f"{place}: {key!r} {problem}")
     return re.sub("[\ud800-\udfff]", "\ufffd", value)  # half a character: legal in JSON's escapes, but no text
 

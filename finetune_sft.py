@@ -59,7 +59,7 @@ class Config(AdapterOptions):
     max_new_tokens: int = option(256, "of a response, at most half the context", low=1)
     temperature: float = option(0.0, "of responses, 0 = always the likeliest token", low=0)
     checkpoint: str = option("out/sft/model.safetensors", "the model that answers")
-    prompt: str = option("", "the instruction to answer")
+    prompt: str = option("", "the instruction to answer; empty = those on stdin, one per line")
     split: str = option("test", "part of the data", choices=("train", "val", "test", "all"))
     out: str = option("", "a new file for the responses")
     against: str = option("", "model to compare with; empty = the one that training started from; none")
@@ -549,7 +549,7 @@ def main(argv=None):
                 "learning_rate": 8e-3, "eval_every": 500}
     return run_script(__doc__, Config, {
         "train": Command(train, TRAINING + tuning, parallel=True, defaults=defaults),
-        "respond": Command(chat, answers + " prompt", defaults={"prompt": "What is the plural of fox?"}),
+        "respond": Command(chat, answers + " prompt"),
         "chat": Command(chat, answers),
         "evaluate": Command(evaluate, answers + " data examples split out dtype against judge judge_model judge_mode "
                             "judge_examples")}, argv, __file__, default_rate)

@@ -814,9 +814,10 @@ def inspect_command(args):
     check_utf8(args.prompt)
     model, tokenizer, _ = load_language_model(args.checkpoint)
     ids, context, layers = tokenizer.encode(args.prompt), model.config.context_length, model.config.n_layers
-    if not 0 < len(ids) <= context or not -layers <= args.layer < layers:
-        raise argparse.ArgumentError(None, f"--prompt has {len(ids)} tokens (1 to {context} fit), --layer is "
-                                           f"{args.layer} (0 to {layers - 1} exist)")
+    if not 0 < len(ids) <= context:
+        raise argparse.ArgumentError(None, f"--prompt has {len(ids)} tokens; 1 to {context} fit")
+    if not -layers <= args.layer < layers:
+        raise argparse.ArgumentError(None, f"--layer {args.layer}: there are 0 to {layers - 1}, and -1 for the last")
     weights = attention_maps(model, torch.tensor([ids]))[args.layer][0].mean(dim=0)  # (T, T)
     pieces = [repr(tokenizer.decode([i])) for i in ids]
     for t, piece in enumerate(pieces):

@@ -467,6 +467,8 @@ def import_command(args):
     path = locate_gpt2(args.source)[1]
     if Path(args.out).resolve() in (path.resolve(), path.resolve() / "model.safetensors"):
         raise argparse.ArgumentError(None, f"--out {args.out} would overwrite --source; give another --out")
+    if Path(args.out).exists():
+        raise argparse.ArgumentError(None, f"--out {args.out} exists; give another --out")
     model = load_gpt2(args.source)
     rows = model.config.vocab_size
     tokenizer = tokenizer_of(path if path.is_dir() else path.parent, rows)

@@ -387,11 +387,13 @@ def merge_command(args):
     from gpt import load_checkpoint, read_checkpoint, read_safetensors, save_checkpoint
     if Path(args.out).resolve() == Path(args.checkpoint).resolve():
         raise argparse.ArgumentError(None, "--out would overwrite --checkpoint; give another --out")
+    whole = Path(args.adapter).parent / "model.safetensors"  # the run's own knows its template and figures
+    ours = read_checkpoint(whole)[3] if whole.is_file() and "config" in read_safetensors(whole)[1] else {}
+    if ours.get("kind") == "classifier":
+        raise ValueError(f"{args.adapter} belongs to a classifier, and {whole} is that classifier with it merged")
     model, tokenizer, info = load_checkpoint(args.checkpoint)
     merge_lora(load_lora(model, args.adapter))
-    whole = Path(args.adapter).parent / "model.safetensors"  # the run's own knows its template and figures
-    ours = whole.is_file() and "config" in read_safetensors(whole)[1]
-    info = read_checkpoint(whole)[3] if ours else {"kind": info["kind"], "init": args.checkpoint}
+    info = ours or {"kind": info["kind"], "init": args.checkpoint}
     save_checkpoint(args.out, model, tokenizer, **{**info, "adapter": args.adapter})
     print(f"{args.out}: {args.checkpoint} with {args.adapter} merged into it")
 

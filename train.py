@@ -486,8 +486,8 @@ def finished(config):
     if config.fresh or not found:
         return None
     if not config.resume or "state.pt" not in found:
-        what = "--resume continues it" if "state.pt" in found else "but no state.pt, which --resume needs"
-        raise ArgumentError(None, f"{folder} holds a run: {what}; --fresh moves it aside and starts anew")
+        what = ": --resume continues it," if "state.pt" in found else " without state.pt, which --resume needs:"
+        raise ArgumentError(None, f"{folder} holds a run{what} --fresh moves it aside; or give another --out_dir")
     with contextlib.suppress(FileNotFoundError, ValueError):  # not finished, or the summary was cut
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary.get("config") == deciding(config):
@@ -551,8 +551,8 @@ def open_run(config, mark, progress):
             changed = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}"
                        for key in sorted({*saved, *given}) if saved.get(key) != given.get(key)]
             if changed:
-                raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; --fresh starts anew, "
-                                          f"--init {folder}/model.safetensors trains on from there")
+                raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; give the saved ones, or "
+                                          f"--fresh, or train on from it: --init {folder}/model.safetensors")
             if state["fingerprint"]["data"] != mark["data"]:
                 raise ValueError(f"{folder} was trained on other data or files; give the same, or --fresh")
             if state["fingerprint"]["frozen"] != mark["frozen"]:
@@ -699,7 +699,8 @@ def due(step, every, total):
 
 def stop_now(folder, progress, total, stop):
     """Raise gpt.Stopped, which ends the script with the signal's exit status."""
-    raise gpt.Stopped(f"{folder} is saved at step {progress.step} of {total}; --resume continues", stop.signal)
+    message = f"{folder} is saved at step {progress.step} of {total}; the same command with --resume continues"
+    raise gpt.Stopped(message, stop.signal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

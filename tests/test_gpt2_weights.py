@@ -8,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import gpt  # before torch, because it filters a warning
 import pytest
@@ -636,14 +638,18 @@ def test_import_makes_a_checkpoint_of_ours(small_gpt2, tmp_path, capsys):
     assert bits(load_gpt2(tmp_path / "hf")) == before
     for name in ("tokenizer.json", "tokenizer_config.json"):  # as older versions of transformers wrote it
         (tmp_path / "hf" / name).unlink()
+    assert main(["import", "--source", str(tmp_path / "hf"), "--out", str(out)]) == 2  # never over a file
+    assert "exists; give another --out" in capsys.readouterr().err
+    out = tmp_path / "without.safetensors"
     assert main(["import", "--source", str(tmp_path / "hf"), "--out", str(out)]) == 0
     assert gpt.load_checkpoint(out)[1] is None and "imported without a tokenizer" in capsys.readouterr().err
 
 
 def imported(folder, capsys):
     """Return (model, tokenizer or None, stderr) of what `import` makes of a folder."""
-    assert main(["import", "--source", str(folder), "--out", str(folder / "out.safetensors")]) == 0
-    model, tokenizer, _ = gpt.load_checkpoint(folder / "out.safetensors")
+    out = Path(tempfile.mkdtemp(dir=folder.parent)) / "out.safetensors"
+    assert main(["import", "--source", str(folder), "--out", str(out)]) == 0
+    model, tokenizer, _ = gpt.load_checkpoint(out)
     return model, tokenizer, capsys.readouterr().err
 
 

@@ -430,7 +430,7 @@ def test_resume_without_a_state_leaves_the_model_alone(text, capsys, kept):
         if path.name != kept:
             path.unlink()
     before = Path("out/pretrain", kept).read_bytes()
-    check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 2, "no state.pt", "--fresh")
+    check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 2, "without state.pt", "--fresh")
     assert os.listdir("out/pretrain") == [kept] and Path("out/pretrain", kept).read_bytes() == before
 
 
