@@ -92,7 +92,7 @@ $(REAL)/data.here: $(REAL)/$(SIZE).checked $(REAL)/gpt2.checked
 
 # 124M from random weights on The Verdict, 10 epochs (untied in the book): training loss 0.57, best validation loss 6.12.
 $(REAL)/pretrain/summary.json: $(REAL)/data.here
-	$(PYTHON) train.py train --out_dir $(REAL)/pretrain --data verdict --tokenizer gpt2 --model gpt2 --context_length 256 --batch_size 2 --drop_rate 0.1 --epochs 10 --max_steps 0 --optimizer adamw --learning_rate 4e-4 --schedule constant --warmup_steps 0 --clip 0 --eval_every 5 --sample_prompt "Every effort moves you" --seed 123 $(AGAIN)
+	$(PYTHON) train.py train --out_dir $(REAL)/pretrain --data verdict --tokenizer gpt2 --model gpt2 --context_length 256 --batch_size 2 --drop_rate 0.1 --epochs 10 --max_steps 0 --optimizer adamw --learning_rate 4e-4 --schedule constant --warmup_steps 0 --clip 0 --eval_every 5 --prompt "Every effort moves you" --seed 123 $(AGAIN)
 
 # Last block, norm and head: 97.2 / 97.3 / 95.7% right in training, validation and test.
 $(REAL)/cls/summary.json: $(REAL)/data.here

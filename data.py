@@ -1722,7 +1722,7 @@ def show_command(args):
             item = {"text": item} if isinstance(item, str) else dict(zip(("label", "text"), item))
         count.update({key: len(value) for key, value in item.items() if isinstance(value, str)}, items=1)
         labels.update([item["label"]] if "label" in item else [])
-        first += [item] * (len(first) < args.samples)
+        first += [item] * (len(first) < 3)
     total = count.pop("items")
     print(f"{total:,} items; characters: " + ", ".join(f"{key} {size:,}" for key, size in count.items()))
     if labels:
@@ -1752,8 +1752,7 @@ def main(argv=None):
             "name": dict(choices=[name for name in DATASETS if name != "tinyworld"], help="the dataset to download")}),
         "show": (show_command, {
             "name": dict(nargs="?", default="tinyworld", help="a dataset's name, or a file"),
-            "--view": dict(choices=list(READERS), help="which view of tinyworld, or how to read a file (else a guess)"),
-            "--samples": dict(type=int, default=3, help="how many to print")}),
+            "--view": dict(choices=list(READERS), help="a view of tinyworld, or how to read a file (else a guess)")}),
         "prepare": (prepare_command, {
             "--data": dict(default="tinyworld", help="dataset, file, folder, or a mixture such as a:0.3,b:0.7"),
             "--tokenizer": dict(default="out/tokenizer/tokenizer.json", help="gpt2, or a file tokenizer.py wrote")}),

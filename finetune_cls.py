@@ -3,7 +3,7 @@
     python finetune_cls.py                              spam or not, built-in messages, from `python train.py`'s model
     python finetune_cls.py classify "You won a $1000 cash prize!"          the label and its probability
     python finetune_cls.py classify --file messages.txt > labels.jsonl     one message per line (also stdin), JSONL out
-    python finetune_cls.py evaluate --data more.tsv --part all             a trained classifier on other messages
+    python finetune_cls.py evaluate --data more.tsv --split all            a trained classifier on other messages
     python finetune_cls.py --data sms_spam --balance --init gpt2 --train_layers last-block --context_length 120
 
 The head with one score per token is replaced by a linear layer with one score per class. It reads one vector per
@@ -68,7 +68,7 @@ class Config(AdapterOptions):
     test_share: float = option(0.2, "of the messages, for the test", low=0.01, high=0.45)
     checkpoint: str = option("out/cls/model.safetensors", "the classifier")
     file: str = option("-", "messages, one per line; - is stdin")
-    part: str = option("test", "train, val or test of the split, or all", choices=(*PARTS, "all"))
+    split: str = option("test", "part of the data", choices=(*PARTS, "all"))
     text: list = option((), "the messages")
 
 
@@ -426,11 +426,11 @@ def classify(config):
 def evaluate(config):
     """Print and return a classifier's figures on a part of the split of --data, or on all of it."""
     model, tokenizer, info = load_classifier(config.checkpoint, gpt.pick_device(config.device))
-    if config.part == "all" and config.data != "tinyworld":
+    if config.split == "all" and config.data != "tinyworld":
         rows = deduplicate_and_balance(read_labelled(config.data, info["labels"]), config)
     else:
         parts, _ = read_parts(config)
-        rows = sum(parts, []) if config.part == "all" else parts[PARTS.index(config.part)]
+        rows = sum(parts, []) if config.split == "all" else parts[PARTS.index(config.split)]
         if json_sha256(parts) != info.get("data_sha256"):
             print("note: this is not the split that the model was trained on (other --data, --seed or options), so it "
                   "may have seen some of these messages", file=sys.stderr)
@@ -449,7 +449,7 @@ def main(argv=None):
     return run_script(__doc__, Config, {
         "train": Command(train, TRAINING + splitting + head + " lora_rank lora_alpha lora_dropout lora_targets"),
         "classify": Command(classify, "text file checkpoint batch_size device debug"),
-        "evaluate": Command(evaluate, "checkpoint data part seed device dtype debug" + splitting)}, argv, __file__)
+        "evaluate": Command(evaluate, "checkpoint data split seed device dtype debug" + splitting)}, argv, __file__)
 
 
 if __name__ == "__main__":

@@ -465,8 +465,6 @@ def get_command(args):
 def import_command(args):
     """Write GPT-2's weights, from a name, folder or file, as a checkpoint of ours."""
     path = locate_gpt2(args.source)[1]
-    if Path(args.out).resolve() in (path.resolve(), path.resolve() / "model.safetensors"):
-        raise argparse.ArgumentError(None, f"--out {args.out} would overwrite --source; give another --out")
     if Path(args.out).exists():
         raise argparse.ArgumentError(None, f"--out {args.out} exists; give another --out")
     model = load_gpt2(args.source)

@@ -111,7 +111,7 @@ class Config(Options):
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     learning_rate: float = option(1.2e-2, "peak; AdamW 1e-3; at GPT-2's sizes Muon 2e-3, AdamW 6e-4", low=0)
     optimizer: str = option("muon", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
-    sample_prompt: str = option("", "what the sample at each evaluation continues")
+    prompt: str = option("", "what the sample at each evaluation continues")
     sample_tokens: int = option(60, "tokens of that sample, 0 = none", low=0)
     checkpoint: str = option("out/pretrain/model.safetensors", "the model to evaluate")
 
@@ -899,8 +899,8 @@ def evaluate_and_save(folder, model, tokenizer, windows, progress, total, config
         if better:
             info = {"stage": "pretrain", "step": progress.step, "val_loss": loss, "data_sha256": mark["data"]}
             save_best(folder, model, tokenizer, **info)
-        if config.sample_tokens:  # after --sample_prompt, from the same random numbers at every evaluation
-            prompt = tokenizer.encode(config.sample_prompt) or [tokenizer.eot_id or 0]
+        if config.sample_tokens:  # after --prompt, from the same random numbers at every evaluation
+            prompt = tokenizer.encode(config.prompt) or [tokenizer.eot_id or 0]
             ids, generator = torch.tensor([prompt], device=model.device), torch.Generator(model.device)
             new = gpt.generate(model, ids, config.sample_tokens, 0.8, eos_id=tokenizer.eot_id,
                                generator=generator.manual_seed(config.seed))
@@ -1050,7 +1050,7 @@ def report(config):
 
 def main(argv=None):
     """Run the command line and return its exit status."""
-    own = " tokenizer model emb_dim n_layers n_heads sample_prompt sample_tokens"
+    own = " tokenizer model emb_dim n_layers n_heads prompt sample_tokens"
     return run_script(__doc__, Config, {
         "train": Command(train, TRAINING + own, parallel=True),
         "evaluate": Command(evaluate, "checkpoint data context_length device dtype debug"),

@@ -542,14 +542,14 @@ def test_mistakes_get_one_line(rows, capsys):
              ([*TINY, "--context_length", "13"], 1, "12 positions"),
              ([*TINY, "--val_share", "0.5"], 2, "--val_share", "0.45"), ([*TINY, "--pooing", "last"], 2, "--pooling"),
              (["--data", "tinyworld", "--val_share", "0.3"], 2, "tinyworld has parts of its own"),
-             ([*TINY, "stray words"], 2, "stray words"), ([*TINY, "--part", "all"], 2, "--part"),
+             ([*TINY, "stray words"], 2, "stray words"), ([*TINY, "--split", "all"], 2, "--split"),
              (["classify", "x"], 1, "python finetune_cls.py"), (["evaluate"], 1, "python finetune_cls.py")]
     for argv, status, *words in cases:
         check_error(capsys, argv if argv[0] in ("classify", "evaluate") else ["train", *argv], status, *words)
     assert not Path("out").exists()
     fit("--max_steps", 2)
     write_rows([("eats", "dog"), ("sleeps", "cat")], "odd.tsv")
-    for argv, *words in ((["evaluate", "--data", "odd.tsv", "--part", "all"], "line 2", "'sleeps'", "eaten, eats"),
+    for argv, *words in ((["evaluate", "--data", "odd.tsv", "--split", "all"], "line 2", "'sleeps'", "eaten, eats"),
                          (["evaluate"], "tinyworld", "'ham'", "eaten, eats"),
                          (["classify", "--file", "none.txt"], "none.txt"),
                          (["classify", "--checkpoint", "rows.tsv", "x"], "rows.tsv", "not a safetensors file"),

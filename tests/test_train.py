@@ -595,7 +595,7 @@ def test_the_verdict_is_memorized(real_data, gpt2_tokenizer, tmp_path, monkeypat
     """Ten epochs over the short story bring the training loss under 1, as in the notes, at a smaller size."""
     monkeypatch.chdir(tmp_path)
     flags = ("--tokenizer gpt2 --emb_dim 192 --n_layers 3 --n_heads 4 --context_length 64 --batch_size 2 --epochs 10 "
-             "--max_steps 0 --learning_rate 4e-3 --warmup_steps 20 --eval_every 0 --sample_prompt Every --drop_rate 0")
+             "--max_steps 0 --learning_rate 4e-3 --warmup_steps 20 --eval_every 0 --prompt Every --drop_rate 0")
     assert train.main(["--data", str(real_data("the-verdict.txt")), *flags.split()]) == 0
     summary = json.loads(Path("out/pretrain/summary.json").read_text(encoding="utf-8"))
     rows = logged()
