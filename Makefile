@@ -25,7 +25,7 @@ install: $(VENV) ## .venv with requirements.txt: about 1 min
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-tokenizer: $(OUT)/tokenizer/tokenizer.json ## train the byte-pair tokenizer: 10 s
+tokenizer: $(OUT)/tokenizer/tokenizer.json ## train the byte-pair tokenizer: 4 s
 $(OUT)/tokenizer/tokenizer.json: | $(VENV)
 	$(PYTHON) tokenizer.py train --out_dir $(OUT)/tokenizer $(AGAIN)
 
@@ -42,7 +42,7 @@ classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 $(AGAIN) $(ARGS)
 
-sft: $(OUT)/sft/summary.json ## answer instructions: 6 min
+sft: $(OUT)/sft/summary.json ## answer instructions: 5 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
@@ -50,7 +50,7 @@ lora: $(OUT)/lora/summary.json ## the same with LoRA adapters: 0.5 min
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 2 $(AGAIN) $(ARGS)
 
-rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 5 min
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 4 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 
@@ -134,7 +134,7 @@ $(REAL)/report.html: $(REAL)/pretrain/summary.json $(REAL)/cls/summary.json $(RE
 test: $(VENV) ## the quick tests, offline: 3 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
-test-all: $(VENV) ## all tests that need no GPU and no other library: 9 min
+test-all: $(VENV) ## all tests that need no GPU and no other library: 7 min
 	$(PYTHON) -m pytest -q -m "not peer and not gpu" $(ARGS)
 
 test-peers: $(VENV) ## install requirements-peers.txt and compare with those packages: 5 min

@@ -1,6 +1,6 @@
 """Learning from preferences: a reward model from pairs of answers, then PPO, GRPO or DPO, and an evaluation.
 
-    python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 5 minutes
+    python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 4 minutes
     python rlhf.py reward --data pairs.json         a reward model of your own pairs
     python rlhf.py ppo --reward my_rewards:brevity  against any Python function (prompts, responses) -> floats
     python rlhf.py grpo --lora_rank 8               groups of responses instead of a value head; here with adapters
