@@ -1218,3 +1218,23 @@ def test_the_default_rate_depends_on_the_size_of_the_start_and_on_adapters(size,
     found = rlhf.adjust("reward", Config(init=str(path), lora_rank=rank))
     assert found == {"learning_rate": pytest.approx(rate), "optimizer": optimizer}
     assert rlhf.adjust("ppo", Config(init="gpt2"))["learning_rate"] == 3e-6
+
+
+def test_an_untied_linear_reward_model_resumes_and_the_folders_of_all_by_stage(tmp_path, monkeypatch, stop_after, capsys):
+    """A head of tokens that nothing reads has no moments to miss, and `all` saves the options that its stages have."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = CharTokenizer.train(["".join(map(chr, range(32, 127))) + "\n"], specials=True)
+    torch.manual_seed(0)
+    untied = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 64, 8, 2, 1, drop_rate=0.0))
+    gpt.save_checkpoint("untied.safetensors", untied, tokenizer, template="plain")
+    pairs = [{"prompt": f"say {n}", "chosen": f"{n} yes", "rejected": f"no {n}"} for n in range(60)]
+    Path("pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    base = "--data pairs.json --init untied.safetensors --max_steps 4 --response_length 3 --eval_prompts 2".split()
+    reward = ["reward", *base, "--head", "linear", "--batch_size", "8", "--epochs", "0", "--out_dir", "r"]
+    with stop_after(2):
+        assert rlhf.main(reward) == 143
+    assert rlhf.main([*reward, "--resume"]) == 0
+    assert rlhf.main(["all", *base, "--test_prompts", "2", "--out_dir", "o"]) == 0
+    capsys.readouterr()
+    assert rlhf.main(["reward", *base, "--out_dir", "o/reward", "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().err
