@@ -7,7 +7,8 @@
     python data.py prepare --data "stdlib:0.7,notes.txt:0.3"  a mixture: shares of characters
 
 Reads UTF-8, compressed (.gz) or not: text (.txt, .md, .py, folders, .jsonl with `text`), labels (label<TAB>text, .csv,
-.jsonl), instructions (.json, .jsonl), preferences (see `preference`); malformed input is refused with file and line.
+.jsonl), instructions and conversations (.json, .jsonl; see `conversation`), preferences (see `preference`); malformed
+input is refused with file and line.
 Writes downloads to $DATA_DIR (default data/), and data/prepared/<fingerprint>/{train,val}.bin: little-endian uint16
 token ids (uint32 above 65,536 entries), each with a .json beside it: counts, hashes, bytes of text for bits per byte.
 Works alone; downloads, token files and commands need gpt.py beside it.
@@ -394,15 +395,62 @@ def read_labelled(source, labels=None):
     return pairs
 
 
-def read_instructions(source):
-    """Return the entries of an instruction file or dataset, dicts of strings: `instruction`, `input` ("" if missing or
-    null), `output`, and `kind` where it is text."""
-    entries = []
+# What files call those who speak, and who may speak after whom.
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+
+
+def read_conversations(source):
+    """Return the entries of a file or dataset of instructions or conversations, dicts: `messages`, as `conversation`
+    makes them, and `kind` where it is text.
+
+    A question at the end, which nothing answers, is cut off; entries without an answer, or with an empty one, are left
+    out. Both are counted on stderr."""
+    entries, cut, empty = [], 0, []
     for place, entry in records(locate(source, "instructions")):
-        fields = {key: text_field(entry, key, place) for key in ("instruction", "output")}
-        kind = {"kind": entry["kind"]} if isinstance(entry.get("kind"), str) else {}
-        entries.append({**fields, "input": text_field(entry, "input", place, default=""), **kind})
+        messages = conversation(entry, place)
+        if messages and messages[-1]["role"] == "user":
+            messages.pop()
+            cut += 1
+        answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+        if answers and all(answers):
+            kind = {"kind": entry["kind"]} if isinstance(entry.get("kind"), str) else {}
+            entries.append({"messages": messages, **kind})
+        else:
+            empty.append(place)
+    total = len(entries) + len(empty)
+    if cut:
+        note(f"{source}: {cut} of {total} conversations end with a question without an answer; it is cut off")
+    if empty:
+        note(f"{source}: {len(empty)} of {total} entries have an empty 'output' or no answer and are left out, the "
+             f"first is {empty[0]}")
     return entries
+
+
+def conversation(entry, place="entry"):
+    """Return the messages of one record, dicts with role (system, user, assistant), content, and perhaps input (user).
+
+    A record has `messages` (role, content), ShareGPT's `conversations` (from: system, human, gpt; value), `prompt` and
+    `completion`, or `instruction`, `input` (may be missing or null) and `output`. A system message comes first, if at
+    all; then user and assistant take turns. Raises ValueError, which names the place, for anything else."""
+    name, who, what = ("messages", "role", "content") if "messages" in entry else ("conversations", "from", "value")
+    if name not in entry:
+        asked, said = ("prompt", "completion") if "completion" in entry else ("instruction", "output")
+        turn = {"prompt": text_field(entry, asked, place), "output": text_field(entry, said, place)}
+        return messages_of({**turn, "input": text_field(entry, "input", place, default="")})
+    require(isinstance(entry[name], list), f"{place}: {name!r} must be a list, not {type(entry[name]).__name__}")
+    messages, before = [], ""
+    for number, message in enumerate(entry[name]):
+        at = f"{place}, message {number}"
+        require(isinstance(message, dict), f"{at}: expected an object, got {type(message).__name__}")
+        name = text_field(message, who, at)
+        require(name in ROLES, f"{at}: unknown role {name!r}; one of: {', '.join(ROLES)}")
+        role = ROLES[name]
+        require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
+                f"expected {' or '.join(FOLLOWS[before])}; mend the entry or leave it out")
+        messages.append({"role": role, "content": text_field(message, what, at)})
+        before = role
+    return messages
 
 
 def read_preferences(source):
@@ -642,12 +690,15 @@ def split(items, train=0.85, val=0.05, seed=123, group=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates and batches of token lists
 
-# What stands before the instruction, before an input, after both, and before the response. `alpaca` is the wording of
-# Stanford Alpaca's prompt without input, which the book uses for all. `plain` costs three tokens: for a small context.
+# What stands before a question, before its input, after both, before the answer, and after a system message (None: it
+# takes one question and no such message). `alpaca` is the wording of Stanford Alpaca's prompt without input, which the
+# book uses for all. `plain` costs three tokens: for a small context. `chat` is for GPT-2's vocabulary: its marks are
+# text, so a user can write them; only the end-of-text id behind each answer cannot be written.
 TEMPLATES = {
     "alpaca": ("Below is an instruction that describes a task. Write a response that appropriately completes the "
-               "request.\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n", ""),
-    "plain": ("", "\n ", "\n>", " "),
+               "request.\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n", "", None),
+    "plain": ("", "\n ", "\n>", " ", "\n"),
+    "chat": ("User: ", "\n\n", "\n\nAssistant:", " ", "\n\n"),
 }
 
 
@@ -656,7 +707,7 @@ def format_prompt(entry, template):
 
     format_prompt({"instruction": "Add.", "input": "2 and 3"}, "plain") -> "Add.\\n 2 and 3\\n>" """
     require(template in TEMPLATES, f"unknown template {template!r}; one of: {', '.join(TEMPLATES)}")
-    before, between, after, _ = TEMPLATES[template]
+    before, between, after, _, _ = TEMPLATES[template]
     instruction = entry["instruction"] if "instruction" in entry else entry["prompt"]
     return before + instruction + (between + entry["input"] if entry.get("input") else "") + after
 
@@ -666,28 +717,66 @@ def format_response(text, template):
     return TEMPLATES[template][3] + text
 
 
+def format_messages(messages, template):
+    """Return a pair (text, counted) for each message: its text in a template, to be encoded by itself, and 1 for an
+    answer, behind which the end-of-text id follows and which the loss counts, else 0.
+
+    format_messages([{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."}], "plain") ->
+    [("2 + 3?\\n>", 0), (" 5.", 1)]. Raises ValueError for more than one turn in a template that takes one."""
+    roles, pieces, behind_system = [message["role"] for message in messages], [], TEMPLATES[template][-1]
+    require(behind_system is not None or roles in (["user"], ["user", "assistant"]),
+            f"template {template} takes one question and its answer; for conversations: --template chat, or plain")
+    for message in messages:
+        if message["role"] == "user":
+            pieces.append((format_prompt({**message, "prompt": message["content"]}, template), 0))
+        elif message["role"] == "assistant":
+            pieces.append((format_response(message["content"], template), 1))
+        else:
+            pieces.append((message["content"] + behind_system, 0))
+    return pieces
+
+
+def messages_of(entry):
+    """Return the messages of an entry of any form: its `messages`, else one turn of instruction (or prompt), input and,
+    where there is one, output."""
+    if "messages" in entry:
+        return entry["messages"]
+    question = {"role": "user", "content": entry["instruction"] if "instruction" in entry else entry["prompt"]}
+    if entry.get("input"):
+        question["input"] = entry["input"]  # apart, because templates put it in different words
+    return [question, {"role": "assistant", "content": entry["output"]}] if "output" in entry else [question]
+
+
+def last_turn(entry):
+    """Return (the messages before an entry's last answer, that answer), the answer being "" where there is none."""
+    messages = messages_of(entry)
+    answered = messages[-1]["role"] == "assistant"
+    return (messages[:-1], messages[-1]["content"]) if answered else (messages, "")
+
+
 def prompt_of(entry):
-    """Return the text of a question as in `plain`: the instruction and, indented on a line of its own, the input."""
-    return entry["instruction"] + (TEMPLATES["plain"][1] + entry["input"] if entry.get("input") else "")
+    """Return the text of a question as in `plain`, the instruction and, indented on a line of its own, the input; of a
+    conversation, all that is said before its last answer, earlier answers behind "> "."""
+    lines = []
+    for message in last_turn(entry)[0]:
+        text = message["content"] + (TEMPLATES["plain"][1] + message["input"] if message.get("input") else "")
+        lines.append("> " + text if message["role"] == "assistant" else text)
+    return "\n".join(lines)
 
 
 def collate(batch, pad_id, max_length=None, eot_id=None):
     """Return (ids, targets), each (B, T) int64, of token lists, padded to the longest or cut to `max_length`.
 
-    An item is a list of ids without an end, or a pair (ids, prompt length) whose first so many tokens are no targets.
-    One end of text, `eot_id` (default: pad_id, as GPT-2 has no pad), is added to each and learned; the rest is IGNORE.
+    An item is a pair (ids, counted), ends of text included, whose tokens with a 1 in `counted` are targets, or a list
+    of ids: an end, `eot_id` (default: pad_id, as GPT-2 has no pad), is added, and all count. The rest is IGNORE.
     Source: Raschka 2024, section 7.3."""
     eot_id = pad_id if eot_id is None else eot_id
-    pairs = [item if isinstance(item, tuple) else (item, 0) for item in batch]
+    pairs = [item if isinstance(item, tuple) else ([*item, eot_id], [1] * (len(item) + 1)) for item in batch]
     width = max(len(ids) for ids, _ in pairs)
-    ids = torch.full((len(pairs), width), pad_id)
-    targets = torch.full((len(pairs), width), IGNORE)
-    for row, (tokens, prompt) in enumerate(pairs):
-        tokens = torch.tensor([*tokens, eot_id])
-        ids[row, :len(tokens)] = tokens[:width]
-        first = max(prompt - 1, 0)  # this position predicts the first token after the prompt
-        targets[row, first:len(tokens) - 1] = tokens[first + 1:]
-    return ids[:, :max_length], targets[:, :max_length]
+    ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids, _ in pairs])
+    counted = torch.tensor([[*counted, *[0] * (width - len(counted))] for _, counted in pairs])
+    targets = ids[:, 1:].masked_fill(counted[:, 1:] == 0, IGNORE)
+    return ids[:, :-1][:, :max_length], targets[:, :max_length]
 
 
 def pad_left(sequences, pad_id):
@@ -1685,9 +1774,10 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-READERS = {"corpus": texts, "messages": read_labelled, "instructions": read_instructions,
+READERS = {"corpus": texts, "messages": read_labelled, "instructions": read_conversations,
            "preferences": read_preferences}
-TELLING = {"label": "messages", "preferred": "preferences", "chosen": "preferences", "instruction": "instructions"}
+TELLING = {"label": "messages", "preferred": "preferences", "chosen": "preferences", "instruction": "instructions",
+           "completion": "instructions", "messages": "instructions", "conversations": "instructions"}
 
 
 def list_command(args):
@@ -1720,6 +1810,8 @@ def show_command(args):
     for item in tinyworld(view, "train") if args.name == "tinyworld" else READERS[view](args.name):
         if not isinstance(item, dict):
             item = {"text": item} if isinstance(item, str) else dict(zip(("label", "text"), item))
+        elif "messages" in item:
+            item = {"prompt": prompt_of(item), "answer": last_turn(item)[1]}
         count.update({key: len(value) for key, value in item.items() if isinstance(value, str)}, items=1)
         labels.update([item["label"]] if "label" in item else [])
         first += [item] * (len(first) < 3)

@@ -4,15 +4,16 @@
     python finetune_sft.py --data mine.json --lora_rank 8
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond --prompt "What is the plural of fox?"
-    python finetune_sft.py chat                type instructions, read answers; \\n in a line starts the input
+    python finetune_sft.py chat                talk to it; /help lists what else it takes
     python finetune_sft.py evaluate            scores on the test set, also of the model before tuning
     python finetune_sft.py evaluate --judge ollama --judge_model llama3      and grades by a larger model
     torchrun --standalone --nproc_per_node=2 finetune_sft.py                 in two processes, see train.py
 
-Only the response and its end of text are targets (--mask_prompt). Entries of a file hold `instruction`, `input` (may be
-missing) and `output`; equal prompts stay on one side of the split of 85, 5 and 10%. Writes what train.py does, and the
-answers to the test set, responses.json and responses.before.json. A judge is an Ollama server or speaks OpenAI's chat
-API (a URL that ends in /v1); its key is read from $JUDGE_API_KEY, for OpenAI itself also from $OPENAI_API_KEY.
+Every answer and the end of text behind it are targets, nothing else (--mask_prompt). A file holds instructions or whole
+conversations (see data.conversation); equal first questions stay on one side of the split of 85, 5 and 10%. Of what is
+longer than the context, early turns go first. Writes what train.py does, and the answers to the last question of each
+test entry, responses.json and responses.before.json. A judge is an Ollama server or speaks OpenAI's chat API (a URL
+that ends in /v1); its key is read from $JUDGE_API_KEY, for OpenAI itself also from $OPENAI_API_KEY.
 
 Differs from Raschka 2024, chapter 7: prompts do not count in the loss, and batches hold examples of similar length.
 Sources: Taori et al. 2023 (Alpaca); Zheng et al. 2023, "Judging LLM-as-a-Judge", section 3.4 (both orders).
@@ -30,11 +31,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import gpt  # first, because it filters torch's warning about numpy
 import torch
-from data import (TEMPLATES, collate, exact_match, format_prompt, format_response, order_by_length, pad_left, prompt_of,
-                  read_instructions, seeded, split, strip_manner, tinyworld)
+from data import (TEMPLATES, collate, exact_match, format_messages, last_turn, messages_of, order_by_length, pad_left,
+                  prompt_of, read_conversations, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device, write_json
 from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, all_sum, autocast, barrier, batches,
@@ -45,6 +47,8 @@ from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters,
 
 TINYWORLD = {"train": 160_000, "val": 520, "test": 2_000}  # examples by default: about six minutes of training
 WORD = re.compile(r"\w+|[^\w\s]")
+MODELS = ("out/ppo/model.safetensors", "out/sft/model.safetensors",  # to talk to: the first that is there
+          str(Path(__file__).resolve().parent / "assets/tiny.safetensors"))
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Config(AdapterOptions):
     examples: int = option(0, "training examples, 0 = all of a file, 160,000 of tinyworld", low=0)
     split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("", "empty = the checkpoint's, else plain (tinyworld) or alpaca", choices=("", *TEMPLATES))
-    mask_prompt: bool = option(True, "train on the response only")
+    mask_prompt: bool = option(True, "train on the answers only")
     max_new_tokens: int = option(256, "of a response, at most half the context", low=1)
     temperature: float = option(0.0, "of responses, 0 = always the likeliest token", low=0)
     checkpoint: str = option("out/sft/model.safetensors", "the model that answers")
@@ -93,13 +97,9 @@ def load_entries(config, split_seed, *parts):
     if config.data == "tinyworld":
         counts = {**TINYWORLD, "train": config.examples or TINYWORLD["train"]}
         return [tinyworld("instructions", part, counts.get(part)) for part in parts]
-    entries = read_instructions(config.data)
-    empty = [number for number, entry in enumerate(entries) if not entry["output"].strip()]
-    if empty:
-        print(f"{config.data}: {len(empty)} of {len(entries)} entries have an empty 'output' and are left out, the "
-              f"first is entry {empty[0]}", file=sys.stderr)
-        entries = [entry for entry in entries if entry["output"].strip()]
-    train, val, test = split(entries, seed=split_seed, group=prompt_of)
+    entries = read_conversations(config.data)
+    opening = lambda entry: prompt_of({"messages": entry["messages"][:2]})  # noqa: E731, its answer is learned as well
+    train, val, test = split(entries, seed=split_seed, group=opening)
     found = {"train": train[: config.examples or None], "val": val, "test": test, "all": entries}
     for part in parts:
         if not found[part]:
@@ -107,17 +107,53 @@ def load_entries(config, split_seed, *parts):
     return [found[part] for part in parts]
 
 
-def encode_entries(entries, tokenizer, template, context_length, mask_prompt=True):
-    """Return a pair (ids, prompt length) for each entry with a target: those whose prompt fills the context have none.
+def encode_messages(messages, tokenizer, template, room):
+    """Return (ids, counted, dropped) of a conversation: its token ids with an end of text behind each answer, a 1 for
+    each token of an answer and its end, 0 for others, and how many messages were dropped.
 
-    Prompt and response are encoded apart, so a response marker in the user's own words changes nothing."""
-    items = []
+    Of what is longer than `room` whole early turns go first; a system message and the last turn stay, whatever their
+    length. Each message is encoded by itself, so a mark of the template in somebody's words changes nothing."""
+    pieces = [(tokenizer.encode(text) + [tokenizer.eot_id] * counted, counted)
+              for text, counted in format_messages(messages, template)]
+    turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    length, start = sum(len(ids) for ids, _ in pieces), turns[0]
+    for following in turns[1:]:
+        if length <= room:
+            break
+        length -= sum(len(ids) for ids, _ in pieces[start:following])
+        start = following
+    kept = pieces[: turns[0]] + pieces[start:]
+    ids = [token for ids, _ in kept for token in ids]
+    return ids, [mark for ids, counted in kept for mark in [counted] * len(ids)], start - turns[0]
+
+
+def encode_entries(entries, tokenizer, template, context_length, mask_prompt=True):
+    """Return a pair (ids, counted) for each entry of which a target is left in the context; see `encode_messages`."""
+    items, shortened = [], 0
     for entry in entries:
-        prompt = tokenizer.encode(format_prompt(entry, template))
-        start = len(prompt) if mask_prompt else 0
-        if start <= context_length:
-            items.append((prompt + tokenizer.encode(format_response(entry["output"], template)), start))
+        ids, counted, dropped = encode_messages(messages_of(entry), tokenizer, template, context_length + 1)
+        counted = counted if mask_prompt else [1] * len(ids)
+        if 1 in counted[1 : context_length + 1]:  # the first token is no target, the last one no input
+            items.append((ids, counted))
+            shortened += dropped > 0
+    if shortened:
+        print(f"{shortened} of {len(entries)} conversations exceed {context_length} tokens and lose early turns",
+              file=sys.stderr)
     return items
+
+
+def prompt_ids(messages, tokenizer, template, room):
+    """Return (ids, dropped) of a conversation that awaits an answer: at most `room` ids, how many messages had to go.
+
+    Whole early turns go first, never the system message; a template for one turn takes the last question alone.
+    Raises ValueError where that does not fit."""
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("a conversation that awaits an answer ends with a message of the user")
+    early = len(messages) - 1 if TEMPLATES[template][-1] is None else 0
+    ids, _, dropped = encode_messages(messages[early:], tokenizer, template, room)
+    if len(ids) > room:
+        raise ValueError(f"the question has {len(ids)} tokens, and there is room for {room}; ask something shorter")
+    return ids, dropped + early
 
 
 def nearest_examples(train, test):
@@ -161,14 +197,16 @@ def evaluate_loss(model, items, tokenizer, context, batch_size=64, shared=False)
 
 def answer(model, tokenizer, entries, template, max_new_tokens, batch_size=128, temperature=0.0, seed=0):
     """Return [(response, whether it ended), ...] of some entries; prompts of similar length are answered together."""
-    prompts = [tokenizer.encode(format_prompt(entry, template)) for entry in entries]
+    max_new_tokens = min(max_new_tokens, model.config.context_length // 2)
+    room = model.config.context_length - max_new_tokens
+    prompts = [encode_messages(last_turn(entry)[0], tokenizer, template, room)[0] for entry in entries]
     order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         ids, mask = (t.to(model.device) for t in pad_left([prompts[i] for i in indices], tokenizer.pad_id))
         generator = torch.Generator(model.device).manual_seed(seeded("respond", seed, start).initial_seed())
-        new = gpt.generate(model, ids, min(max_new_tokens, model.config.context_length // 2), temperature,
-                           eos_id=tokenizer.eot_id, mask=mask, generator=generator)[:, ids.shape[1] :].tolist()
+        new = gpt.generate(model, ids, max_new_tokens, temperature, eos_id=tokenizer.eot_id, mask=mask,
+                           generator=generator)[:, ids.shape[1] :].tolist()
         for index, row in zip(indices, new):
             said = list(itertools.takewhile(lambda i: i not in (tokenizer.eot_id, tokenizer.pad_id), row))
             answers[index] = tokenizer.decode(said).strip(), len(said) < len(row)
@@ -178,7 +216,8 @@ def answer(model, tokenizer, entries, template, max_new_tokens, batch_size=128, 
 def respond(model, tokenizer, prompts, template="plain", max_new_tokens=64, batch_size=128, temperature=0.0, seed=0):
     """Return a model's responses, one string for each prompt, in their order; temperature 0 is greedy.
 
-    A prompt is plain text or an entry (`instruction` and `input`, or `prompt`); the template's words are added.
+    A prompt is plain text or an entry (`instruction` and `input`, `prompt`, or `messages`, whose last answer is left
+    out); the template's words are added.
     Example: respond(model, tokenizer, ["What is the plural of fox?"]) == ["foxes."]"""
     entries = [{"prompt": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
     answers = answer(model, tokenizer, entries, template, max_new_tokens, batch_size, temperature, seed)
@@ -209,9 +248,12 @@ def score_rows(rows):
 def score_model(name, model, tokenizer, entries, template, config):
     """Return (rows of responses.json, figures) of a model and print the figures; perplexity is the references'."""
     answers = answer(model, tokenizer, entries, template, config.max_new_tokens, 128, config.temperature, config.seed)
-    rows = [{"instruction": entry["instruction"], "input": entry["input"], "reference": entry["output"],
-             "response": response, "ended": ended, **{key: entry[key] for key in ("kind", "unseen") if key in entry}}
-            for entry, (response, ended) in zip(entries, answers)]
+    rows = []
+    for entry, (response, ended) in zip(entries, answers):
+        asked, reference = last_turn(entry)
+        row = {"instruction": asked[-1]["content"], "input": asked[-1].get("input", ""), "reference": reference,
+               "response": response, "ended": ended, **{key: entry[key] for key in ("kind", "unseen") if key in entry}}
+        rows.append({**row, "messages": asked} if len(asked) > 1 else row)
     items = encode_entries(entries, tokenizer, template, model.config.context_length)
     loss = evaluate_loss(model, items, tokenizer, autocast(config, model.device)) if items else math.nan
     figures = {**score_rows(rows), "perplexity": math.exp(min(loss, 50))}
@@ -421,7 +463,8 @@ def final_figures(folder, template, parts, config):
         write_json(folder / f"{name}.json", rows)
     known = [entry for entry in test if not entry.get("unseen")]
     pairs = zip(nearest_examples(parts["train"], known), known)
-    nearest = sum(exact_match(copied["output"], entry["output"]) for copied, entry in pairs) / max(1, len(known))
+    hits = [exact_match(last_turn(copied)[1], last_turn(entry)[1]) for copied, entry in pairs]
+    nearest = sum(hits) / max(1, len(known))
     print(f"the output of the nearest training example: exact match {nearest:.1%}")
     return {**figures["responses"], "exact_match_before": figures["responses.before"]["exact_match"],
             "nearest_example_exact_match": nearest}
@@ -445,7 +488,7 @@ def train(config):
     parts, items, counts = dict(zip(names, on_first_rank(load_entries, config, config.split_seed, *names))), {}, {}
     for name, entries in parts.items():
         items[name] = encode_entries(entries, tokenizer, template, length, config.mask_prompt)
-        truncated = sum(len(ids) > length for ids, _ in items[name])
+        truncated = sum(len(ids) > length + 1 for ids, _ in items[name])
         counts[name] = {"examples": len(entries), "truncated": truncated, "dropped": len(entries) - len(items[name])}
         print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts[name].items()), file=sys.stderr)
     if not items["train"] or not items["val"]:
@@ -463,7 +506,7 @@ def train(config):
         for indices in batches(len(lengths), config, progress, total, order):  # 1. each epoch  2. each batch
             clock = time.monotonic()
             model.zero_grad(set_to_none=True)  # 3. clear gradients
-            rows = [items["train"][i] for i in shard(indices)] or [([0], 2)]  # a process without a share: no target
+            rows = [items["train"][i] for i in shard(indices)] or [([0, 0], [0, 0])]  # a process without a share
             ids, targets = (t.to(device) for t in collate(rows, tokenizer.pad_id, length, tokenizer.eot_id))
             tokens, batch_loss = all_sum((targets != IGNORE).sum().item()), 0.0
             for some_ids, some_targets in zip(ids.chunk(config.accumulate), targets.chunk(config.accumulate)):
@@ -495,25 +538,113 @@ def train(config):
                              val_loss=progress.best, data_report=counts, **figures)
 
 
-def chat(config):
-    """Answer --prompt, or the instructions on stdin line by line; \\n in a line starts its input."""
-    if not config.prompt and (sys.stdin is None or sys.stdin.closed):
-        raise ValueError("stdin is closed, and chat reads its instructions there; to ask one: respond --prompt TEXT")
+def say(model, tokenizer, template, messages, config, generator):
+    """Print a model's answer to a conversation as it is drawn; return (the answer, how many messages were dropped)."""
+    length = min(config.max_new_tokens, model.config.context_length // 2)
+    ids, dropped = prompt_ids(messages, tokenizer, template, model.config.context_length - length)
+    if dropped:
+        print(f"(no room for the {dropped} oldest messages; they are forgotten)", file=sys.stderr)
+    steps = gpt.generate_steps(model, torch.tensor([ids], device=model.device), length, config.temperature,
+                               eos_id=tokenizer.eot_id, generator=generator)
+    new_ids = itertools.takewhile(lambda i: i != tokenizer.eot_id, (int(step) for step in steps))
+    answer = ""
+    for piece in gpt.stream_text(tokenizer.decode, new_ids):
+        piece = piece if answer else piece.lstrip()
+        print(piece, end="", flush=True)
+        answer += piece
+    print()
+    return answer, dropped
+
+
+def read_lines():
+    """Return stdin, whose lines are questions; \\n in a line starts its input. ValueError where it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("stdin is closed, and questions are read from it; to ask one: respond --prompt TEXT")
+    return sys.stdin
+
+
+def respond_command(config):
+    """Answer --prompt, or the instructions on stdin, each line for itself; \\n in a line starts its input."""
+    lines = [config.prompt] if config.prompt else read_lines()
     model, tokenizer, template, _ = load_model(config, config.checkpoint, "python finetune_sft.py")
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    length = min(config.max_new_tokens, model.config.context_length // 2)
-    sign = "> " if not config.prompt and sys.stdin.isatty() else ""
-    print(sign, end="", file=sys.stderr, flush=True)
-    for line in [config.prompt] if config.prompt else sys.stdin:
+    for line in lines:
         if line.strip():
-            ids = tokenizer.encode(format_prompt({"prompt": line.strip().replace("\\n", "\n")}, template))
-            steps = gpt.generate_steps(model, torch.tensor([ids], device=model.device), length, config.temperature,
-                                       eos_id=tokenizer.eot_id, generator=generator)
-            new_ids = itertools.takewhile(lambda i: i != tokenizer.eot_id, (int(step) for step in steps))
-            for number, piece in enumerate(gpt.stream_text(tokenizer.decode, new_ids)):
-                print(piece if number else piece.lstrip(), end="", flush=True)
-            print()
+            message = {"role": "user", "content": line.strip().replace("\\n", "\n")}
+            say(model, tokenizer, template, [message], config, generator)
+
+
+HELP = """/new            forget what was said
+/system TEXT    tell the model who it is, and start anew; without TEXT nothing
+/model PATH     talk to another model, and start anew
+/temperature X  0 = always the likeliest token, 1 = as trained
+An empty line or Ctrl-D ends, Ctrl-C stops an answer; \\n in a line starts the input of an instruction."""
+
+
+def meet(config):
+    """Return (model, tokenizer, template) of --checkpoint, and say what it was tuned on and what one can ask it."""
+    model, tokenizer, template, info = load_model(config, config.checkpoint, "python finetune_sft.py")
+    stage, data = info.get("stage", "no stage of ours"), info.get("data", "data that it does not name")
+    known = [messages_of(entry)[:1] for entry in tinyworld("instructions", "test", 3)] if data == "tinyworld" else []
+    questions = [prompt_of({"messages": first}).replace("\n", "\\n") for first in known]
+    hint = "it can answer:" if known else "ask it what its data is about"
+    print(f"{config.checkpoint}: {stage}, on {data}; /help lists commands; {hint}", *questions, sep="\n  ",
+          file=sys.stderr)
+    return model, tokenizer, template
+
+
+def obey(line, config, met, messages):
+    """Carry out a line that starts with a slash, in place, and return `met` or what /model puts in its place."""
+    word, _, rest = map(str.strip, line.partition(" "))
+    if word == "/help":
+        print(HELP, file=sys.stderr)
+    elif word == "/new":
+        messages[:] = [message for message in messages if message["role"] == "system"]
+    elif word == "/system":
+        if rest and TEMPLATES[met[2]][-1] is None:
+            raise ValueError(f"this model's template, {met[2]}, has no place for it")
+        messages[:] = [{"role": "system", "content": rest}] if rest else []
+    elif word == "/temperature":
+        gpt.check_sampling(sys.maxsize, float(rest), None, None, None, None)
+        config.temperature = float(rest)
+    elif word == "/model":
+        met = meet(replace(config, checkpoint=rest))
+        messages.clear()
+    else:
+        raise ValueError(f"unknown command {word}; /help lists them")
+    return met
+
+
+def chat(config):
+    """Talk with a model, which remembers what was said; lines of stdin are the questions, /help lists the commands."""
+    lines, config = read_lines(), replace(config)  # /temperature changes the copy
+    if not config.checkpoint:
+        raise FileNotFoundError(f"no model to talk to: none of {', '.join(MODELS)}; make one with: make, or "
+                                "python finetune_sft.py after python train.py")
+    met, messages, sign = meet(config), [], "> " * lines.isatty()
+    generator = torch.Generator(met[0].device).manual_seed(config.seed)
+    print(sign, end="", file=sys.stderr, flush=True)
+    for line in iter(lines.readline, ""):
+        if sign and not line.strip():
+            return
+        try:
+            if line.startswith("/"):
+                met = obey(line, config, met, messages)
+            elif line.strip():
+                asked = [*messages, {"role": "user", "content": line.strip().replace("\\n", "\n")}]
+                said, dropped = say(*met, asked, config, generator)
+                first = int(asked[0]["role"] == "system")
+                messages = [*asked[:first], *asked[first + dropped :], {"role": "assistant", "content": said}]
+        except KeyboardInterrupt:
+            if not sign:
+                raise
+            print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+        except (ValueError, OSError, argparse.ArgumentError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            print(f"({gpt.explain(error)})", file=sys.stderr)
         print(sign, end="", file=sys.stderr, flush=True)
+    print("\n" * bool(sign), end="", file=sys.stderr)
 
 
 def evaluate(config):
@@ -549,8 +680,8 @@ def main(argv=None):
                 "learning_rate": 8e-3, "eval_every": 500}
     return run_script(__doc__, Config, {
         "train": Command(train, TRAINING + tuning, parallel=True, defaults=defaults),
-        "respond": Command(chat, answers + " prompt"),
-        "chat": Command(chat, answers),
+        "respond": Command(respond_command, answers + " prompt"),
+        "chat": Command(chat, answers, defaults={"checkpoint": next(filter(os.path.isfile, MODELS), "")}),
         "evaluate": Command(evaluate, answers + " data examples split out dtype against judge judge_model judge_mode "
                             "judge_examples")}, argv, __file__, default_rate)
 

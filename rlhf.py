@@ -670,7 +670,7 @@ def train_policy(config, stage="ppo"):
     total = total_steps(config, math.ceil(len(prompts) / per_step.batch_size))
     optimizers, progress = make_optimizers(policy, config), Progress(extra={"kl_coef": config.kl_coef, "episodes": 0})
     mark = run_mark(policy, prompts, config.init, config.reward)
-    info = dict(stage=stage, template=template, split_seed=config.split_seed)
+    info = dict(stage=stage, template=template, data=config.data, split_seed=config.split_seed)
     forward = torch.compile(policy, dynamic=True) if config.compile else policy
     with open_run(config, mark, progress) as (folder, state, stop):
         start_run(folder, state, policy, optimizers, progress, total, config, mark, stage)
@@ -828,7 +828,7 @@ def train_dpo(config):
     model.eval()  # dropout is off throughout, so that the loss starts at ln 2
     total = total_steps(config, math.ceil(len(rows) / config.batch_size))
     optimizers, progress, mark = make_optimizers(model, config), Progress(), run_mark(model, parts, config.init)
-    info = dict(stage="dpo", template=template, split_seed=config.split_seed)
+    info = dict(stage="dpo", template=template, data=config.data, split_seed=config.split_seed)
     forward = torch.compile(sequence_logprobs, dynamic=True) if config.compile else sequence_logprobs
     with open_run(config, mark, progress) as (folder, state, stop):
         start_run(folder, state, model, optimizers, progress, total, config, mark, "dpo")

@@ -305,6 +305,7 @@ def sft_ours(quick):
     config = finetune_sft.Config(optimizer="adamw", learning_rate=1e-4, weight_decay=0.0)
 
     def loss_of(*some):
+        some = [([*ids, END], [0] * start + [1] * (len(ids) + 1 - start)) for ids, start in some]
         ids, targets = data.collate(some, 0, SFT_LENGTH, END)
         loss = finetune_sft.response_loss(model.hidden, model.out_head, ids, targets)
         return loss / (targets != gpt.IGNORE).sum()

@@ -823,11 +823,11 @@ def test_real_records_have_their_published_counts(real_data, monkeypatch):
     rows = data.read_labelled("sms_spam")
     assert len(rows) == 5574 and Counter(label for label, _ in rows) == {"ham": 4827, "spam": 747}
     assert sum(text.count('"') for _, text in rows) == real_data("SMSSpamCollection").read_bytes().count(b'"') > 0
-    entries = data.read_instructions("instructions")
-    assert len(entries) == 1100 and entries[0]["input"] == "freind --> friend"
+    entries = data.read_conversations("instructions")
+    assert len(entries) == 1100 and entries[0]["messages"][0]["input"] == "freind --> friend"
     pairs = data.read_preferences("preferences")
     assert len(pairs) == 1100 and sum(pair["chosen"] == pair["rejected"] for pair in pairs) == 6
-    assert pairs[0]["prompt"] == entries[0]["instruction"] + "\n " + entries[0]["input"]
+    assert pairs[0]["prompt"] == entries[0]["messages"][0]["content"] + "\n freind --> friend"
 
 
 def test_labelled_text_reads_alike_from_three_formats(tmp_path):
@@ -881,16 +881,16 @@ def test_transcripts_with_different_prompts_are_left_out_and_counted(tmp_path, c
 def test_half_a_character_in_json_is_replaced(tmp_path):
     """A lone surrogate would fail at the next write; whole pairs and other text are untouched."""
     (tmp_path / "a.jsonl").write_text('{"instruction": "a\\ud83dz \\ud83d\\ude42 \\ufffd", "output": "b"}')
-    assert data.read_instructions("a.jsonl")[0]["instruction"] == "a\ufffdz 🙂 \ufffd"
+    assert data.read_conversations("a.jsonl")[0]["messages"][0]["content"] == "a\ufffdz 🙂 \ufffd"
 
 
 def test_files_give_text_only(tmp_path):
     """Keys of a data file that our own examples use too neither reach a table of results nor break it."""
     entry = {"instruction": "a", "input": None, "output": "b", "unseen": True, "kind": ["a", "b"], "answer": 3}
     (tmp_path / "a.json").write_text(json.dumps([entry, {**entry, "kind": "sums", "input": "c"}]))
-    assert data.read_instructions("a.json") == [
-        {"instruction": "a", "input": "", "output": "b"},
-        {"instruction": "a", "input": "c", "output": "b", "kind": "sums"}]
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert data.read_conversations("a.json") == [
+        {"messages": [asked, answer]}, {"messages": [{**asked, "input": "c"}, answer], "kind": "sums"}]
     pair = {"instruction": "a", "input": None, "chosen": "b", "rejected": "c", "unseen": True, "gold": "x"}
     assert data.preference(pair) == {"instruction": "a", "input": "", "prompt": "a", "chosen": "b", "rejected": "c"}
 
@@ -987,7 +987,7 @@ def test_prompts_have_the_published_form():
 
 def test_prompt_and_response_encoded_apart_are_the_tokens_of_both(gpt2_tokenizer, real_data):
     """No token spans the border, so that a mask from token counts covers the prompt exactly."""
-    for entry in data.read_instructions(real_data("instruction-data.json"))[:200]:
+    for entry in json.loads(real_data("instruction-data.json").read_text(encoding="utf-8"))[:200]:
         for template in data.TEMPLATES:
             prompt = data.format_prompt(entry, template)
             response = data.format_response(entry["output"], template)
@@ -1010,7 +1010,8 @@ def test_a_masked_prompt_gives_the_published_vector(gpt2_tokenizer):
     prompt, head = data.format_prompt(entry, "alpaca").split("\n\n### Response:")
     asked = gpt2_tokenizer.encode(prompt)
     whole = asked + gpt2_tokenizer.encode("\n\n### Response:" + head + "Crocodile, Elephant, Zebra")
-    _, targets = data.collate([(whole, len(asked)), (list(range(64)), 0)], 50256)
+    counted = [0] * len(asked) + [1] * (len(whole) + 1 - len(asked))
+    _, targets = data.collate([([*whole, 50256], counted), list(range(64))], 50256)
     assert targets[0].tolist() == [-100] * 46 + [198, 198, 21017, 18261, 25, 198, 34, 12204, 375, 576, 11, 42651, 11,
                                                  1168, 37052, 50256, -100, -100]
 
@@ -1026,13 +1027,13 @@ def test_padding_and_masks_change_no_loss():
     """The mean loss of a padded batch is that of its counted targets one by one, with a pad unlike the end of text."""
     torch.manual_seed(0)
     table = torch.randn(20, 20)  # logits of the next token, given one token
-    batch = [([1, 2, 3, 4], 2), ([5, 6], 1), ([7, 8, 9], 0)]
+    batch = [([1, 2, 3, 4, 18], [0, 0, 1, 1, 1]), ([5, 6, 18], [0, 1, 1]), [7, 8, 9]]
     ids, targets = data.collate(batch, 19, eot_id=18)
     loss = F.cross_entropy(table[ids].flatten(0, 1), targets.flatten(), ignore_index=-100)
     pairs = [(2, 3), (3, 4), (4, 18), (5, 6), (6, 18), (7, 8), (8, 9), (9, 18)]
     assert loss.item() == pytest.approx(sum(-table[a].log_softmax(0)[b].item() for a, b in pairs) / 8, rel=1e-5)
     assert (targets == 18).sum() == 3 and not (targets == 19).any()
-    counted = data.collate([([1, 2, 3], 3)], 19, eot_id=18)[1]
+    counted = data.collate([([1, 2, 3, 18], [0, 0, 0, 1])], 19, eot_id=18)[1]
     assert counted.tolist() == [[-100, -100, 18]]
 
 
@@ -1060,7 +1061,7 @@ def test_the_commands_do_what_they_say(small_world, tmp_path, capsys, monkeypatc
     (tmp_path / "a.csv").write_text("label,text\ngood,é🙂\n", encoding="utf-8")
     assert data.main(["show", "a.csv", "--view", "messages"]) == 0 and "good" in capsys.readouterr().out
     files = {"a.csv": ("label,text\ngood,day\n", "labels: good 1"), "b.tsv": ("good\tday\n", "labels: good 1"),
-             "c.json": ('[{"instruction": "Say a.", "output": "A."}]', "instruction: Say a."),
+             "c.json": ('[{"instruction": "Say a.", "output": "A."}]', "prompt: Say a.\nanswer: A."),
              "d.jsonl": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "rejected: c"),
              "e.jsonl": ('{"text": "day"}\n', "text: day"), "f.txt": ("good\tday\n", "text: good\tday")}
     for name, (text, words) in files.items():  # read as their ending or their first object's keys say

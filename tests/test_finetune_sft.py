@@ -114,7 +114,7 @@ def test_no_mask_covers_a_response_and_no_text_makes_a_special_token(tokenizer):
             assert counted[-1] == tokenizer.eot_id and tokenizer.eot_id not in counted[:-1]
             assert tokenizer.eot_id not in ids
             assert tokenizer.decode(counted[:-1]) == format_response(entry["output"], template)
-            assert tokenizer.decode(ids[0, : items[0][1]]) == format_prompt(entry, template)
+            assert tokenizer.decode(ids[0, : items[0][1].index(1)]) == format_prompt(entry, template)
 
 
 def test_what_does_not_fit_is_cut_or_dropped_and_counted(work, tokenizer, capsys):
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(work, tokenizer, capsys
     assert len(items) == 2 and targets.shape[1] == 16
     assert (targets == tokenizer.eot_id).sum(1).tolist() == [1, 0]
     whole = sft.encode_entries([short, long, lost], tokenizer, "plain", 16, mask_prompt=False)
-    assert len(whole) == 3 and all(prompt == 0 for _, prompt in whole)
+    assert len(whole) == 3 and all(0 not in counted for _, counted in whole)
     edge = {"instruction": "cat", "output": "hen fox"}
     length = len(tokenizer.encode(format_prompt(edge, "plain")))
     for context, kept in ((length - 1, 0), (length, 1)):  # with the prompt alone in it, the first response token counts
@@ -161,10 +161,11 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
 def one_by_one(model, items, eot_id):
     """Return the loss a counted token, from the logits of each example alone."""
     total, count = 0, 0
-    for ids, prompt in items:
-        logits = model(torch.tensor([ids]))[0, prompt - 1 :]
-        total = total + F.cross_entropy(logits, torch.tensor([*ids[prompt:], eot_id]), reduction="sum")
-        count += len(ids) - prompt + 1
+    for ids, counted in items:
+        prompt = counted.index(1)
+        logits = model(torch.tensor([ids[:-1]]))[0, prompt - 1 :]
+        total = total + F.cross_entropy(logits, torch.tensor([*ids[prompt:-1], eot_id]), reduction="sum")
+        count += len(ids) - prompt
     return total / count
 
 
@@ -188,7 +189,7 @@ def test_the_head_reads_the_counted_positions_only(tokenizer):
     ids, targets = batch(sft.encode_entries(entries(12), tokenizer, "plain", 48), tokenizer, 48)
     sft.response_loss(model.hidden, model.out_head, ids, targets)
     assert rows == [(targets != gpt.IGNORE).sum().item()] and rows[0] < targets.numel() / 2
-    none = sft.response_loss(model.hidden, model.out_head, *batch([([0], 2)], tokenizer, 48))  # a rank without rows
+    none = sft.response_loss(model.hidden, model.out_head, *batch([([0, 0], [0, 0])], tokenizer, 48))  # a rank without rows
     assert none.item() == 0 and gradients(model, none).abs().sum() == 0
 
 
@@ -917,7 +918,7 @@ def test_entries_that_cannot_be_used_are_refused_or_counted(work, capsys):
     write("mine.json", good[:5] + [{**good[5], "output": "  "}] + good[6:])
     capsys.readouterr()
     tune("--max_steps", 1, "--fresh")
-    assert "1 of 40 entries have an empty 'output'" in (shown := capsys.readouterr().err) and "entry 5" in shown
+    assert "1 of 40 entries have an empty 'output'" in (shown := capsys.readouterr().err) and "mine.json[5]" in shown
 
 
 def test_mistakes_get_one_line(work, capsys, tokenizer):

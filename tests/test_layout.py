@@ -258,7 +258,7 @@ print(tokenizer.load_tokenizer("t.json").decode(bpe.encode("Tom has")))""",
 import data, torch
 windows = data.SlidingWindowDataset(torch.arange(10), 4, 2)
 rows, texts = data.read_labelled("mine.tsv"), list(data.texts("text.txt"))
-ids, targets = data.collate([([5, 6, 7], 2)], pad_id=0)
+ids, targets = data.collate([([5, 6, 7, 0], [0, 0, 1, 1])], pad_id=0)
 print(len(windows), rows[1], targets.tolist(), data.format_prompt({"instruction": texts[0][:7]}, "plain"))""",
     "gpt2_weights.py": """
 import gpt, gpt2_weights

@@ -1237,8 +1237,7 @@ def test_no_hostile_document_gives_a_special_id():
 
 
 def test_hostile_data_puts_the_end_of_text_only_where_a_document_ends(work):
-    """Prepared text has as many ends as documents, whatever they say; encoded instructions, which get theirs in a
-    batch, have none."""
+    """Prepared text has as many ends as documents, whatever they say; an encoded instruction has one, its last token."""
     texts = [text for text in hostile_documents(("<|endoftext|>",), 300) if "\0" not in text and text.strip()]
     with open("hostile.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
@@ -1249,7 +1248,7 @@ def test_hostile_data_puts_the_end_of_text_only_where_a_document_ends(work):
     assert ends == len(texts) > 200
     entries = [{"instruction": text, "input": text, "output": text} for text in texts[:50]]
     items = finetune_sft.encode_entries(entries, bpe, "plain", 4096, True)
-    assert len(items) == 50 and all(bpe.eot_id not in ids for ids, _ in items)
+    assert len(items) == 50 and all(bpe.eot_id not in ids[:-1] and ids[-1] == bpe.eot_id for ids, _ in items)
 
 
 def test_a_key_in_the_environment_reaches_no_file_of_a_run(work, monkeypatch, capsys):
