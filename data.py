@@ -753,6 +753,17 @@ def last_turn(entry):
     answered = messages[-1]["role"] == "assistant"
     return (messages[:-1], messages[-1]["content"]) if answered else (messages, "")
 
+def chat_template(template):
+    """Return a Jinja template, as transformers and llama.cpp read it, that words a conversation as in tuning."""
+    quoted = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731  Jinja's strings are JSON's
+    before, _, after, response, behind_system = TEMPLATES[template]
+    system = "{{ raise_exception('the model knows only the roles user and assistant') }}"
+    if behind_system is not None:
+        system = f"{{{{ message.content + {quoted(behind_system)} }}}}"
+    return ("{% for message in messages %}{% if message.role == 'user' %}"
+            f"{{{{ {quoted(before)} + message.content + {quoted(after)} }}}}{{% elif message.role == 'assistant' %}}"
+            f"{{{{ {quoted(response)} + message.content + eos_token }}}}{{% else %}}{system}{{% endif %}}{{% endfor %}}")
+
 
 def prompt_of(entry):
     """Return the text of a question as in `plain`, the instruction and, indented on a line of its own, the input; of a

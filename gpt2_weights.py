@@ -4,9 +4,11 @@
     python gpt2_weights.py check --model gpt2       load and compare with published losses: under 1 min
     python gpt2_weights.py import --source FOLDER --out out/gpt2/model.safetensors      as a checkpoint of ours
     python gpt2_weights.py export --source out/pretrain/model.safetensors --out out/hf     for transformers
+    python gpt2_weights.py export --format gguf --out out/model.gguf     for llama.cpp and Ollama; or --dtype q8_0
 
     model = load_gpt2("gpt2-medium")                     a name (downloaded where it is missing), a folder or a file
     export_gpt2(model, "out/hf", tokenizer)              AutoModelForCausalLM.from_pretrained("out/hf") reads it
+    export_gguf(model, "out/model.gguf", tokenizer)      llama_cpp.Llama("out/model.gguf") reads it
 
 The sizes are gpt2 (124M parameters), gpt2-medium (355M), gpt2-large (774M) and gpt2-xl (1558M). Two formats are read:
 Hugging Face's (config.json with model.safetensors, or with the files that its index names) and OpenAI's TensorFlow
@@ -22,12 +24,13 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt import (GPT_CONFIGS, GPTConfig, copy_weights, empty_model, file_sha256, load_checkpoint, read_safetensors,
-                 replacing, require, run, save_checkpoint, token_logprobs, write_json, write_safetensors)
+                 replacing, require, run, save_checkpoint, tensor_bytes, token_logprobs, write_json, write_safetensors)
 import torch  # after gpt, which filters its warning about numpy
 
 
@@ -49,8 +52,6 @@ PUBLISHED = {
                          "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a", (3.3046, 3.1195)),
 }
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2"
-VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # encoder.json, as tiktoken pins it
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # vocab.bpe
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names and shapes
@@ -60,15 +61,16 @@ NAMES = (("trf_blocks.", "h."), ("attn.qkv", "attn.c_attn"), ("attn.out_proj", "
          ("final_norm", "ln_f"), ("out_head", "lm_head"))
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored in x out, because GPT-2 multiplies x @ W
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that files of old transformers versions hold
+WRAPPERS = re.compile(r"^((_orig_mod|module|model|transformer)\.)+")  # in front of names: torch.compile, DDP, a class
 # What a config.json must say, first the value that its absence means; anything else would compute something else.
 FIXED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
          "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
          "add_cross_attention": (False,)}
 
 
-def gpt2_name(name):
+def renamed(name, names=NAMES):
     """Return Hugging Face's name for one of our tensors: trf_blocks.3.attn.qkv.bias -> h.3.attn.c_attn.bias."""
-    for ours, theirs in NAMES:
+    for ours, theirs in names:
         name = name.replace(ours, theirs)
     return name
 
@@ -85,8 +87,10 @@ def our_tensors(model, tensors, source):
     Nothing is copied here. Raises ValueError with `source` and the tensor that is missing, unknown or does not fit."""
     config, ours = model.config, {}
     left = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
+    if config.tie_weights and "lm_head.weight" in left:
+        left.setdefault("wte.weight", left["lm_head.weight"])  # safetensors keeps either name of a shared matrix
     for name, target in model.state_dict().items():
-        theirs = gpt2_name(name)
+        theirs = renamed(name)
         tensor, turned = left.pop(theirs, None), theirs.endswith(TURNED)
         if theirs == "lm_head.weight" and config.tie_weights:
             continue  # the same matrix once more
@@ -221,7 +225,7 @@ def read_json(path):
 
 
 def weight_files(path):
-    """Return the files that `path` stands for: itself, in a folder the known name, of an index those that it names.
+    """Return {file: its tensors' names, or None for all} of a file, an index or a folder with one of the known names.
 
     Raises ValueError for a pickle, which can run any code when it is read, FileNotFoundError where there is nothing."""
     if path.is_dir():
@@ -234,28 +238,35 @@ def weight_files(path):
             f"{path} is a pickle, which can run code when it is read; run: python gpt2_weights.py get, or convert it: "
             f"transformers.AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('new')")
     if not path.name.endswith(".index.json"):
-        return [path]
-    value = read_json(path)
+        return {path: None}
+    value, files = read_json(path), {}
     names = value.get("weight_map") if type(value) is dict else None
     require(type(names) is dict and names and all(os.path.basename(str(name)) == name for name in names.values()),
             f"{path}: its weight_map must give the name of a file beside it for each tensor")
-    return [path.with_name(name) for name in sorted(set(names.values()))]
+    for name, file in names.items():  # a file may hold others too, which are out of date
+        files.setdefault(path.with_name(file), []).append(name)
+    return files
 
 
 def read_gpt2(path, config=None):
     """Return (config, tensors under Hugging Face's names), mapped from disk; `config` is for weights without one."""
     files, tensors = weight_files(path), {}
-    described = files[0].with_name("config.json")
-    if files[0].suffix == ".index" or files[0].name == "hparams.json":
+    first = next(iter(files))
+    described = first.with_name("config.json")
+    if first.suffix == ".index" or first.name == "hparams.json":
         found, values = read_tf_checkpoint(path if path.suffix == ".index" else described.parent)
         described = described.with_name("hparams.json")
         for name, tensor in found.items():
             tensors[from_openai_name(name)] = tensor.squeeze(0) if tensor.dim() == 3 else tensor  # (1, in, out) there
     else:
-        for file in files:
+        for file, names in files.items():
             found, metadata = read_safetensors(file)
             require("config" not in metadata, f"{file} is a checkpoint of ours; gpt.load_checkpoint reads it")
-            tensors |= {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+            for name in found if names is None else names:
+                plain = WRAPPERS.sub("", name)
+                require(name in found, f"{file}: no tensor {name!r}, which the index places there")
+                require(plain not in tensors, f"{file}: a second tensor {plain!r}, as {name!r}")
+                tensors[plain] = found[name]
         if config and not described.is_file():
             return config, tensors
         require(described.is_file(), f"{path}: no config.json beside it, which describes the model")
@@ -338,20 +349,30 @@ def download_gpt2(name):
 # Export
 
 
-def hf_tensors(model):
-    """Return {Hugging Face's name: tensor} of a language model; ValueError for one with adapters or another head."""
+def exported_tensors(model, names, tokenizer):
+    """Return {name for others: tensor} of a language model, without a tied head and with zeros for a missing qkv bias.
+
+    ValueError for a model with adapters or another head, and for a tokenizer that does not fit."""
+    model = getattr(model, "_orig_mod", model)
     shapes = [{name: tensor.shape for name, tensor in module.state_dict().items()}
               for module in (model, empty_model(model.config, device="meta"))]
     require(shapes[0] == shapes[1], "only a language model can be exported; merge adapters first (python lora.py "
             "merge); a classifier's head has no place in GPT-2")
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        theirs = "transformer." + gpt2_name(name)
-        tensors[theirs] = tensor.t() if theirs.endswith(TURNED) else tensor
-        if theirs.endswith("c_attn.weight") and not model.config.qkv_bias:
-            tensors[theirs.replace("weight", "bias")] = tensor.new_zeros(len(tensor))
-    head = tensors.pop("transformer.lm_head.weight")
-    return tensors if model.config.tie_weights else {**tensors, "lm_head.weight": head}
+    if tokenizer is not None:
+        require(tokenizer.type in ("bpe", "gpt2"), f"a {tokenizer.type} tokenizer cannot be exported, only byte pairs")
+        size, rows = tokenizer.vocab_size, model.config.vocab_size
+        require(size == rows, f"the tokenizer has {size} tokens, the model {rows}")
+    tensors = model.state_dict()
+    if model.config.tie_weights:
+        del tensors["out_head.weight"]
+    if not model.config.qkv_bias:
+        tensors |= {name.replace("weight", "bias"): tensor.new_zeros(len(tensor))
+                    for name, tensor in tensors.items() if name.endswith("qkv.weight")}
+    return {renamed(name, names): tensor for name, tensor in tensors.items()}
+
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",  # ours, then others'
+                   "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def hf_config(config, eot_id):
@@ -365,49 +386,149 @@ def hf_config(config, eot_id):
             "qkv_bias": config.qkv_bias}
 
 
-def export_tokenizer(tokenizer, folder, context_length):
+def token_names(tokenizer):
+    """Return the text of every id of a byte-pair tokenizer as GPT-2's files write it, "Ġthe"; all are different."""
+    from tokenizer import BYTE_NAMES, BYTES
+    names, special = dict(zip(BYTES, BYTE_NAMES)), {i: text for text, i in tokenizer.specials.items()}
+    texts = [special.get(i, "".join(map(names.get, token))) for i, token in enumerate(tokenizer.tokens)]
+    require(len(set(texts)) == len(texts), "a special token has the text of another token, so it cannot be exported")
+    return texts
+
+
+def merge_lines(tokenizer):
+    """Return the merges of a byte-pair tokenizer in the order learned, as lines "Ġ t"."""
+    if tokenizer.type == "bpe":
+        return tokenizer.merges
+    from tiktoken.load import read_file_cached  # in the cache, and checked, since the tokenizer was loaded
+    return read_file_cached(f"{OPENAI}/encodings/main/vocab.bpe").decode().split("\n")[1:-1]
+
+
+def export_tokenizer(tokenizer, folder, context_length, chat_template=None):
     """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json of a byte-pair tokenizer to `folder`."""
-    if tokenizer.type == "gpt2":
-        from tiktoken.load import read_file_cached  # in the cache since the tokenizer was loaded
-        for name, source, sha256 in (("vocab.json", "encoder.json", VOCAB_SHA256),
-                                     ("merges.txt", "vocab.bpe", MERGES_SHA256)):
-            with replacing(folder / name) as file:
-                file.write(read_file_cached(f"{OPENAI}/encodings/main/{source}", sha256))
-    else:
-        tokenizer.export_gpt2_files(folder)
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+    vocab = {text: i for i, text in enumerate(token_names(tokenizer))}
+    merges = merge_lines(tokenizer)
+    for name, text in (("vocab.json", json.dumps(vocab)), ("merges.txt", "\n".join(["#version: 0.2", *merges, ""]))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     write_json(folder / "tokenizer.json", {
         "version": "1.0", "normalizer": None, "pre_tokenizer": byte_level, "post_processor": byte_level,
         "decoder": byte_level, "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
                           "normalized": False, "special": True} for text, i in tokenizer.specials.items()],
-        "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"),
-                  "merges": [line.split(" ") for line in merges if line]}})
+        "model": {"type": "BPE", "vocab": vocab, "merges": [line.split(" ") for line in merges]}})
     texts = {i: text for text, i in tokenizer.specials.items()}
-    named = {f"{kind}_token": texts.get(tokenizer.eot_id) for kind in ("bos", "eos", "unk")}
-    named["pad_token"] = texts.get(tokenizer.pad_id)
+    eot, pad = texts.get(tokenizer.eot_id), texts.get(tokenizer.pad_id)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "GPT2Tokenizer", "model_max_length": context_length, "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False, **{name: text for name, text in named.items() if text is not None}})
+        "clean_up_tokenization_spaces": False, "bos_token": eot, "eos_token": eot, "unk_token": eot, "pad_token": pad,
+        "chat_template": chat_template})
 
 
-def export_gpt2(model, folder, tokenizer=None):
+def export_gpt2(model, folder, tokenizer=None, chat_template=None):
     """Write `model` as Hugging Face stores GPT-2: config, weights and, with a byte-pair `tokenizer`, its files.
 
     transformers' AutoModelForCausalLM.from_pretrained(folder) computes the same logits, load_gpt2(folder) returns the
-    same bits. A missing query/key/value bias is written as zeros, a head of its own as lm_head.weight."""
-    folder, tensors, eot_id = Path(folder), hf_tensors(model), None
+    same bits. A missing query/key/value bias is written as zeros, a head of its own as lm_head.weight. ValueError for a
+    folder with files of another model's tokenizer that would stay, because transformers would load them too."""
+    folder, tensors, eot_id = Path(folder), {}, None
+    for name, tensor in exported_tensors(model, NAMES, tokenizer).items():
+        tensor = tensor.t() if name.endswith(TURNED) else tensor
+        tensors[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
+    stale = [name for name in TOKENIZER_FILES[4 * (tokenizer is not None) :] if (folder / name).exists()]
+    require(not stale, f"{folder} holds {', '.join(stale)} of another export, which would be loaded with this model; "
+            "move it away or name another folder")
     if tokenizer is not None:
-        size, rows = tokenizer.vocab_size, model.config.vocab_size
-        require(tokenizer.type in ("bpe", "gpt2"), f"a {tokenizer.type} tokenizer cannot be exported, only byte pairs")
-        require(size == rows, f"the tokenizer has {size} tokens, the model {rows}")
-        folder.mkdir(parents=True, exist_ok=True)
-        export_tokenizer(tokenizer, folder, model.config.context_length)
+        export_tokenizer(tokenizer, folder, model.config.context_length, chat_template)
         eot_id = tokenizer.eot_id
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id})
     write_json(folder / "config.json", hf_config(model.config, eot_id))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export to GGUF, the one file that llama.cpp and Ollama run
+#
+# github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts; metadata as (key, type, value); for each
+# tensor its name, sizes (a row's first), type and place; then the data, each tensor at a multiple of 32 bytes.
+
+GGUF_NAMES = (("trf_blocks.", "blk."), ("attn.qkv", "attn_qkv"), ("attn.out_proj", "attn_output"),
+              (".ln1", ".attn_norm"), (".ln2", ".ffn_norm"), ("ffn.fc1", "ffn_up"), ("ffn.fc2", "ffn_down"),
+              ("tok_emb", "token_embd"), ("pos_emb", "position_embd"), ("final_norm", "output_norm"),
+              ("out_head", "output"))
+GGUF_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+
+
+def gguf_value(value):
+    """Return (type, bytes) of a metadata value: text, truth, number, or a list of texts or of numbers."""
+    if isinstance(value, str):
+        text = value.encode()
+        return 8, struct.pack("<Q", len(text)) + text
+    if isinstance(value, list):
+        items = [gguf_value(item) if isinstance(item, str) else (5, struct.pack("<i", item)) for item in value]
+        kind = items[0][0] if items else 8
+        return 9, struct.pack("<IQ", kind, len(items)) + b"".join(data for _, data in items)
+    kind, form = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}[type(value)]
+    return kind, struct.pack(form, value)
+
+
+def gguf_metadata(config, tokenizer, file_type):
+    """Return {key: value} of all that a file says about model and tokenizer but the chat template."""
+    require(tokenizer is not None, "llama.cpp needs a tokenizer in the file, and the model has none")
+    tokens, special = token_names(tokenizer), set(tokenizer.specials.values())
+    require(tokenizer.eot_id is not None, "the tokenizer has no <|endoftext|>; llama.cpp would end at token 11")
+    return {"general.architecture": "gpt2", "general.file_type": file_type, "general.quantization_version": 2,
+            "gpt2.context_length": config.context_length, "gpt2.embedding_length": config.emb_dim,
+            "gpt2.feed_forward_length": 4 * config.emb_dim, "gpt2.block_count": config.n_layers,
+            "gpt2.attention.head_count": config.n_heads, "gpt2.attention.layer_norm_epsilon": 1e-5,
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [3 if i in special else 1 for i in range(len(tokens))],
+            "tokenizer.ggml.merges": list(merge_lines(tokenizer)), "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.bos_token_id": tokenizer.eot_id, "tokenizer.ggml.eos_token_id": tokenizer.eot_id,
+            "tokenizer.ggml.padding_token_id": tokenizer.pad_id}
+
+
+def gguf_tensor(name, tensor, dtype):
+    """Return (number of its type, the tensor as stored): vectors and positions in f32, whatever `dtype` is.
+
+    q8_0 stores blocks of 32 weights, a float16 scale s and 32 bytes q of s * q; f16 takes rows that do not divide."""
+    tensor = tensor.detach().cpu().float()
+    if dtype == "f32" or tensor.dim() == 1 or name == "position_embd.weight":
+        return 0, tensor.contiguous()
+    require(tensor.abs().max() <= 65504, f"{name} has weights too large for {dtype}; export it as f32")
+    if dtype == "f16" or tensor.shape[1] % 32:
+        return 1, tensor.half().contiguous()
+    blocks = tensor.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    whole = (blocks * scale.clamp(min=1e-30).reciprocal()).round().to(torch.int8)
+    return 8, torch.cat([scale.half().view(torch.uint8), whole.view(torch.uint8)], 1)
+
+
+def export_gguf(model, path, tokenizer, dtype="f16", chat_template=None):
+    """Write a language model and its byte-pair tokenizer as one GGUF file, matrices in "f32", "f16" or "q8_0".
+
+    llama.cpp computes every GELU in the tanh form, up to 5e-4 from an exact one. ValueError for what cannot run there.
+    Example: model, tokenizer, _ = load_checkpoint("out/sft/model.safetensors")
+             export_gguf(model, "sft.gguf", tokenizer, "q8_0")"""
+    require(dtype in GGUF_FILE_TYPES, f"dtype {dtype!r} is none of {', '.join(GGUF_FILE_TYPES)}")
+    tensors, end = exported_tensors(model, GGUF_NAMES, tokenizer), 0
+    tensors = {name: (tensor.shape, *gguf_tensor(name, tensor, dtype)) for name, tensor in tensors.items()}
+    metadata = gguf_metadata(model.config, tokenizer, GGUF_FILE_TYPES[dtype])
+    if chat_template:
+        metadata["tokenizer.chat_template"] = chat_template
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        kind, data = gguf_value(value)
+        head += gguf_value(key)[1] + struct.pack("<I", kind) + data
+    for name, (shape, kind, stored) in tensors.items():
+        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        head += gguf_value(name)[1] + sizes + struct.pack("<IQ", kind, end)
+        end += stored.nbytes + -stored.nbytes % 32
+    with replacing(path) as file:
+        file.write(head + bytes(-len(head) % 32))
+        for *_, stored in tensors.values():
+            file.write(tensor_bytes(stored))
+            file.write(bytes(-stored.nbytes % 32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,12 +538,17 @@ def export_gpt2(model, folder, tokenizer=None):
 def tokenizer_of(folder, vocab_size):
     """Return the byte-pair tokenizer whose files are in `folder`, else GPT-2's if it fits, or None after a note why."""
     from tokenizer import BPETokenizer, load_tokenizer
-    whole, vocab, encoder = (folder / name for name in ("tokenizer.json", "vocab.json", "encoder.json"))
+    whole, vocab, encoder, added, config = (folder / name for name in (
+        "tokenizer.json", "vocab.json", "encoder.json", "added_tokens.json", "tokenizer_config.json"))
     try:
+        options = read_json(config) if config.is_file() else {}
+        for name in ("add_prefix_space", "add_bos_token", "add_eos_token")[: 1 if whole.is_file() else 3]:
+            require(not options.get(name), f"{config}: {name} is set, so it gives other ids than any tokenizer here")
         if whole.is_file():
             tokenizer = load_tokenizer(whole)
         elif vocab.is_file() or encoder.is_file():
             files = (vocab, folder / "merges.txt") if vocab.is_file() else (encoder, folder / "vocab.bpe")
+            require(not added.is_file(), f"{added} holds tokens that {files[0]} lacks; save a tokenizer.json instead")
             tokenizer = BPETokenizer.from_gpt2_files(*files)
         else:
             require(vocab_size == GPTConfig.vocab_size, f"{folder} holds no tokenizer.json or vocab.json")
@@ -480,16 +606,27 @@ def import_command(args):
 
 
 def export_command(args):
-    """Write a checkpoint of ours, or a published size, as a folder that transformers loads."""
-    there = Path(args.out, "model.safetensors")
+    """Write a checkpoint of ours, or a published size, as transformers' folder or llama.cpp's file."""
+    from data import chat_template
+    gguf, there = args.format == "gguf", Path(args.out, "model.safetensors")
+    if gguf != args.out.endswith(".gguf") or args.dtype and not gguf:
+        raise argparse.ArgumentError(None, "--format gguf, an --out that ends in .gguf and --dtype belong together")
+    if gguf and os.path.exists(args.out):
+        raise argparse.ArgumentError(None, f"--out {args.out} exists; give another --out")
     exported = there.with_name("config.json").exists() and there.resolve() != Path(args.source).resolve()
     if there.exists() and not exported:
         raise argparse.ArgumentError(None, f"{there} is there and no earlier export; give another --out")
-    model, tokenizer, _ = load_checkpoint(args.source)
+    model, tokenizer, info = load_checkpoint(args.source)
+    template = chat_template(info["template"]) if "template" in info else None
+    if gguf:
+        export_gguf(model, args.out, tokenizer, args.dtype or "f16", template)
+        gelu = "; llama.cpp takes GELU's tanh form for the exact one" if model.config.exact_gelu else ""
+        print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB{gelu}")
+        return
     if tokenizer is not None and tokenizer.type not in ("bpe", "gpt2"):
         print(f"note: its {tokenizer.type} tokenizer is left out, GPT-2 knows only byte pairs", file=sys.stderr)
         tokenizer = None
-    export_gpt2(model, args.out, tokenizer)
+    export_gpt2(model, args.out, tokenizer, template)
     zeros = "" if model.config.qkv_bias else "; the model has no query/key/value bias, zeros are written"
     print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}{zeros}")
 
@@ -519,7 +656,9 @@ def main(argv=None):
             "--out": dict(default="out/gpt2/model.safetensors", help="where to write")}),
         "export": (export_command, {
             "--source": dict(default="out/pretrain/model.safetensors", help="a checkpoint of ours or a published size"),
-            "--out": dict(default="out/hf", help="folder to write")})}, argv, __file__)
+            "--out": dict(default="out/hf", help="folder to write, or with --format gguf the file"),
+            "--format": dict(default="hf", choices=("hf", "gguf"), help="a folder for transformers, or one GGUF file"),
+            "--dtype": dict(choices=list(GGUF_FILE_TYPES), help="of a GGUF file's matrices (f16)")})}, argv, __file__)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import http.server
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import torch
 import data
 import gpt2_weights
 from gpt2_weights import export_gpt2, load_gpt2, main, read_tf_checkpoint
-from tokenizer import BPETokenizer, WordTokenizer
+from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = gpt.GPTConfig(101, 16, 48, 4, 2, qkv_bias=True, tie_weights=True)
@@ -222,6 +223,46 @@ def test_exactly_the_files_that_an_index_names_are_read(names, tmp_path):
     (folder / names[1]).unlink()
     with pytest.raises(FileNotFoundError, match=names[1]):
         load_gpt2(folder)
+
+
+def test_a_tensor_is_taken_from_the_file_that_the_index_gives(tmp_path):
+    """Files may hold tensors of an older checkpoint too (vllm, pull request 54230), which count for nothing."""
+    old, new = gpt2_tensors(seed=1), gpt2_tensors()
+    folder = sharded(tmp_path / "in", new, ("a.safetensors", "z.safetensors"))
+    wanted = bits(load_gpt2(hf_folder(tmp_path / "whole", new)))
+    for file, other in (("a.safetensors", "z.safetensors"), ("z.safetensors", "a.safetensors")):
+        named = gpt.read_safetensors(folder / file)[0]
+        stale = [name for name in gpt.read_safetensors(folder / other)[0] if name not in named][:3]
+        named = {name: tensor.clone() for name, tensor in named.items()}
+        gpt.write_safetensors(folder / file, {**named, **{name: old[name] for name in stale}})
+        assert bits(load_gpt2(folder)) == wanted
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    index["weight_map"]["wte.weight"] = "a.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match="a.safetensors: no tensor 'wte.weight', which the index places there"):
+        load_gpt2(folder)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.transformer.",
+                                    "model.transformer."])
+def test_names_of_a_wrapper_are_read_without_it(prefix, tmp_path):
+    """What torch.compile, DataParallel and Lightning put in front of every name; two of one name are refused."""
+    tensors = gpt2_tensors()
+    wanted = bits(load_gpt2(hf_folder(tmp_path / "plain", tensors)))
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    assert bits(load_gpt2(hf_folder(tmp_path / "wrapped", wrapped))) == wanted
+    with pytest.raises(ValueError, match="a second tensor 'wpe.weight', as"):
+        load_gpt2(hf_folder(tmp_path / "both", {**wrapped, "wpe.weight": tensors["wpe.weight"]}))
+
+
+def test_a_tied_matrix_may_be_stored_under_the_heads_name(tmp_path):
+    """safetensors' save_model keeps one name of a shared matrix, lm_head.weight too (transformers, issue 38870)."""
+    tensors = gpt2_tensors()
+    wanted = bits(load_gpt2(hf_folder(tmp_path / "plain", tensors)))
+    tensors["lm_head.weight"] = tensors.pop("wte.weight")
+    assert bits(load_gpt2(hf_folder(tmp_path / "head", tensors))) == wanted
+    with pytest.raises(ValueError, match="no tensor 'wte.weight'"):
+        load_gpt2(hf_folder(tmp_path / "untied", tensors, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize("index", [
@@ -690,6 +731,28 @@ def test_a_tokenizer_larger_than_the_model_is_left_out(tmp_path, capsys):
     assert bits(model) == bits(load_gpt2(folder))
 
 
+@pytest.mark.parametrize("lost, name, content, message", [
+    ((), "tokenizer_config.json", {"add_prefix_space": True}, "tokenizer_config.json: add_prefix_space is set"),
+    (("tokenizer.json",), "tokenizer_config.json", {"add_bos_token": True}, "add_bos_token is set"),
+    (("tokenizer.json",), "tokenizer_config.json", {"add_eos_token": True}, "add_eos_token is set"),
+    (("tokenizer.json",), "added_tokens.json", {"[PAD]": 265}, "added_tokens.json holds tokens that"),
+    ((), "tokenizer.json", {"added_tokens": []}, "tokenizer.json cannot be read as GPT-2's kind"),
+    ((), "tokenizer_config.json", {"add_bos_token": True}, ""), ((), "added_tokens.json", {"[PAD]": 265}, "")])
+def test_every_part_of_a_foreign_tokenizer_counts(lost, name, content, message, tmp_path, capsys):
+    """Faults 4 and 30: what makes transformers give other ids leaves the tokenizer out with a word, weights come whole.
+
+    With a tokenizer.json beside them, transformers reads neither added_tokens.json nor add_bos_token."""
+    own = BPETokenizer.train(["low lower lowest newer wider " * 5], 265)
+    folder = hf_folder(tmp_path / "in", gpt2_tensors(V=266), vocab_size=266)
+    gpt2_weights.export_tokenizer(own, folder, 16)
+    for file in lost:
+        (folder / file).unlink()
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    model, tokenizer, error = imported(folder, capsys)
+    assert message in error and error.count("\n") == 1
+    assert (tokenizer is None) == bool(message) and len(model.tok_emb.weight) == (266 if message else own.vocab_size)
+
+
 @pytest.mark.parametrize("argv, status, message", [
     (["get", "--model", "gpt5"], 2, "invalid choice"), (["fetch"], 2, "unknown command"),
     (["get", "--modle", "x"], 2, "did you mean --model"),
@@ -779,13 +842,186 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
     assert "word tokenizer is left out" in capsys.readouterr().err and not (tmp_path / "w" / "vocab.json").exists()
 
 
-def test_the_tokenizer_of_gpt2_is_exported_byte_for_byte(tmp_path, gpt2_tokenizer):
-    """vocab.json and merges.txt are OpenAI's two files, and give the ids that were published."""
+def test_the_tokenizer_of_gpt2_is_exported_whole(tmp_path, gpt2_tokenizer):
+    """vocab.json and merges.txt hold what OpenAI's two files hold, and give the ids that were published."""
+    from tiktoken.load import read_file_cached
     gpt2_weights.export_tokenizer(gpt2_tokenizer, tmp_path, 1024)
     again = BPETokenizer.from_gpt2_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
     assert again.encode("Hello, world. Is this-- a test?") == [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30]
+    folder = f"{gpt2_weights.OPENAI}/encodings/main"
+    encoder, merges = (read_file_cached(f"{folder}/{name}") for name in ("encoder.json", "vocab.bpe"))
+    assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(encoder)
+    assert (tmp_path / "merges.txt").read_bytes() == merges
     whole = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     assert len(whole["model"]["merges"]) == 50_000 and whole["added_tokens"][0]["id"] == 50256
+
+
+def test_no_tokenizer_of_another_export_stays_beside_a_model(tmp_path, capsys):
+    """transformers would load it with the new weights; the folder is named and nothing in it has changed."""
+    tokenizer = BPETokenizer.train(["low lower lowest newer wider " * 5], 260)
+    own = gpt.GPTModel(dataclasses.replace(TINY, vocab_size=260))
+    export_gpt2(own, tmp_path, tokenizer)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds vocab.json, .*, tokenizer_config.json of another export"):
+        export_gpt2(gpt.GPTModel(TINY), tmp_path)
+    words = WordTokenizer([f"word{i}" for i in range(101)])
+    gpt.save_checkpoint(tmp_path.parent / "w.safetensors", gpt.GPTModel(TINY), words)
+    assert main(["export", "--source", str(tmp_path.parent / "w.safetensors"), "--out", str(tmp_path)]) == 1
+    assert "of another export" in capsys.readouterr().err
+    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 260}')  # of an old version of transformers
+    with pytest.raises(ValueError, match="holds added_tokens.json of another export"):
+        export_gpt2(own, tmp_path, tokenizer)
+    (tmp_path / "added_tokens.json").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    export_gpt2(own, tmp_path, tokenizer)  # the same files again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+def read_gguf(path):
+    """Return (metadata, {tensor name: (type, sizes, bytes)}) of a GGUF file, read by its specification."""
+    data, at = path.read_bytes(), 0
+
+    def take(form):
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def string():
+        nonlocal at
+        length = take("Q")
+        at += length
+        return data[at - length : at].decode()
+
+    def value(kind):
+        if kind == 9:
+            kind, count = take("IQ")
+            return [value(kind) for _ in range(count)]
+        return string() if kind == 8 else take({4: "I", 5: "i", 6: "f", 7: "?"}[kind])
+
+    assert data[:4] == b"GGUF"
+    at = 4
+    version, tensor_count, count = take("IQQ")
+    assert version == 3
+    metadata = {string(): value(take("I")) for _ in range(count)}
+    infos = [(string(), [take("Q") for _ in range(take("I"))], *take("IQ")) for _ in range(tensor_count)]
+    start, tensors = at + -at % 32, {}
+    for (name, sizes, kind, offset), following in zip(infos, [*infos[1:], None]):
+        assert offset % 32 == 0
+        end = start + following[3] if following else len(data)
+        tensors[name] = kind, sizes, data[start + offset : end]
+    return metadata, tensors
+
+
+def numbers_of(kind, sizes, data):
+    """Return the tensor stored in a GGUF file as type 0 (float32), 1 (float16) or 8 (blocks of 34 bytes)."""
+    count = math.prod(sizes)
+    if kind == 8:
+        blocks = [struct.unpack_from("<e32b", data, start) for start in range(0, count // 32 * 34, 34)]
+        flat = torch.tensor([[scale * number for number in numbers] for scale, *numbers in blocks])
+    else:
+        flat = torch.tensor(struct.unpack_from(f"<{count}{'fe'[kind]}", data))
+    return flat.reshape(sizes[::-1])
+
+
+def ready_model(config, seed=0):
+    """Return a model in eval mode whose biases and norms are random too, and whose logits lie far apart."""
+    torch.manual_seed(seed)
+    model = gpt.GPTModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+TEXT = "Tom has 12 red balls, and Mia's dog (Bo) isn't here.\n\n  Naïve café – 日本 🙂 the the the "
+
+
+@pytest.mark.parametrize("tied, bias", [(True, True), (False, False)])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_a_gguf_file_holds_the_model(tied, bias, dtype, tmp_path):
+    """Read back by the specification: hyperparameters, tokens, merges, and every weight within its type's rounding."""
+    tokenizer = BPETokenizer.train([TEXT * 3], 300, ("<|endoftext|>", "<|pad|>"))
+    config = gpt.GPTConfig(300, 24, 48 if dtype == "q8_0" else 36, 4, 2, qkv_bias=bias, tie_weights=tied)
+    model = ready_model(config)
+    gpt2_weights.export_gguf(model, tmp_path / "m.gguf", tokenizer, dtype, "{{ template }}")
+    metadata, tensors = read_gguf(tmp_path / "m.gguf")
+    C = config.emb_dim
+    wanted = {"context_length": 24, "embedding_length": C, "feed_forward_length": 4 * C, "block_count": 2,
+              "attention.head_count": 4, "attention.layer_norm_epsilon": struct.unpack("f", struct.pack("f", 1e-5))[0]}
+    assert {key[5:]: value for key, value in metadata.items() if key.startswith("gpt2.")} == wanted
+    assert metadata["general.architecture"] == metadata["tokenizer.ggml.model"] == "gpt2"
+    assert metadata["tokenizer.ggml.tokens"] == [*tokenizer.names, "<|endoftext|>", "<|pad|>"]
+    assert metadata["tokenizer.ggml.token_type"] == [1] * 298 + [3, 3]  # normal, control
+    assert metadata["tokenizer.ggml.merges"] == tokenizer.merges and not metadata["tokenizer.ggml.add_bos_token"]
+    ids = [metadata[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos", "padding")]
+    assert ids == [298, 298, 299] and metadata["tokenizer.chat_template"] == "{{ template }}"
+    state = model.state_dict()
+    parts = {"attn_norm": "ln1", "attn_qkv": "attn.qkv", "attn_output": "attn.out_proj", "ffn_norm": "ln2",
+             "ffn_up": "ffn.fc1", "ffn_down": "ffn.fc2"}
+    ours = {"token_embd.weight": "tok_emb.weight", "position_embd.weight": "pos_emb.weight",
+            "output_norm.weight": "final_norm.weight", "output_norm.bias": "final_norm.bias"}
+    ours |= {f"blk.{i}.{theirs}.{kind}": f"trf_blocks.{i}.{name}.{kind}"
+             for i in range(2) for theirs, name in parts.items() for kind in ("weight", "bias")}
+    ours |= {} if tied else {"output.weight": "out_head.weight"}
+    assert tensors.keys() == ours.keys()
+    for name, (kind, sizes, data) in tensors.items():
+        found, right = numbers_of(kind, sizes, data), state.get(ours[name], torch.zeros(3 * C))
+        vector = right.dim() == 1 or name.startswith("position")
+        fits = sizes[0] % 32 == 0  # 192, the rows of ffn_down, but not 48
+        assert kind == (0 if vector else {"f32": 0, "f16": 1, "q8_0": 8 if fits else 1}[dtype])
+        if kind == 8:
+            step = right.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
+            assert ((found - right).reshape(-1, 32).abs() <= 0.51 * step + 127 * step * 2**-11).all()
+        else:
+            torch.testing.assert_close(found, right, rtol=2**-11 * kind, atol=6e-8 * kind)
+
+
+def test_what_llama_cpp_cannot_run_is_not_exported(tmp_path, capsys):
+    """One line for each, and no file: other heads, adapters, no byte pairs, no end token, ambiguous or huge numbers."""
+    bpe, path = BPETokenizer([], ("<|endoftext|>",)), tmp_path / "m.gguf"
+    config = dataclasses.replace(TINY, vocab_size=257)
+    classifier, adapted, huge = (gpt.GPTModel(dataclasses.replace(config, tie_weights=False)) for _ in range(3))
+    classifier.out_head = torch.nn.Linear(48, 2)
+    adapted.trf_blocks[0].attn.qkv.lora_A = torch.nn.Parameter(torch.zeros(2, 48))
+    huge.out_head.weight.data[0, 0] = 7e4
+    plain = gpt.GPTModel(config)
+    for model, tokenizer, dtype, message in (
+            (classifier, bpe, "f16", "only a language model"), (adapted, bpe, "f16", "lora.py merge"),
+            (plain, None, "f16", "llama.cpp needs a tokenizer"), (plain, bpe, "q4_0", "dtype 'q4_0' is none of f32"),
+            (plain, WordTokenizer([f"w{i}" for i in range(257)]), "f16", "a word tokenizer cannot be exported"),
+            (plain, BPETokenizer([], ("<|endoftext|>", "x")), "f16", "258 tokens, the model 257"),
+            (plain, BPETokenizer([], ("</s>",)), "f16", "the tokenizer has no .*endoftext"),
+            (gpt.GPTModel(dataclasses.replace(config, vocab_size=258)), BPETokenizer([], ("<|endoftext|>", "a")), "f16",
+             "has the text of another token"), (huge, bpe, "f16", "output.weight has weights too large for f16")):
+        with pytest.raises(ValueError, match=message):
+            gpt2_weights.export_gguf(model, path, tokenizer, dtype)
+    gpt2_weights.export_gguf(huge, tmp_path / "huge.gguf", bpe, "f32")
+    assert [file.name for file in tmp_path.iterdir()] == ["huge.gguf"]
+
+
+def test_the_export_command_writes_gguf(tmp_path, capsys):
+    """With the chat template of tuned models; a file is never replaced, and flags that do not belong are refused."""
+    tokenizer = BPETokenizer.train([TEXT * 3], 300)
+    model = gpt.GPTModel(dataclasses.replace(TINY, vocab_size=300, exact_gelu=True))
+    source, out = str(tmp_path / "m.safetensors"), str(tmp_path / "out" / "m.gguf")
+    gpt.save_checkpoint(source, model, tokenizer, template="plain")
+    assert main(["export", "--source", source, "--format", "gguf", "--out", out]) == 0
+    assert "m.gguf: 0." in (said := capsys.readouterr().out) and "tanh form" in said
+    metadata, tensors = read_gguf(Path(out))
+    assert metadata["general.file_type"] == 1 and tensors["blk.0.ffn_up.weight"][0] == 1
+    template = metadata["tokenizer.chat_template"]
+    assert '"\\n>"' in template and "eos_token" in template
+    for argv in (["--format", "gguf", "--out", out], ["--format", "gguf"], ["--out", out], ["--dtype", "f16"]):
+        assert main(["export", "--source", source, *argv]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    char = CharTokenizer.train(TEXT)
+    gpt.save_checkpoint(source, gpt.GPTModel(dataclasses.replace(TINY, vocab_size=char.vocab_size)), char)
+    assert main(["export", "--source", source, "--format", "gguf", "--out", str(tmp_path / "c.gguf")]) == 1
+    assert capsys.readouterr().err == "error: a char tokenizer cannot be exported, only byte pairs\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -959,7 +1195,7 @@ def test_what_we_train_loads_in_transformers(tied, bias, tmp_path):
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.mul_(5)
-    export_gpt2(ours, tmp_path, tokenizer)
+    export_gpt2(ours, tmp_path, tokenizer, data.chat_template("alpaca"))
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert theirs.config.tie_word_embeddings == tied
@@ -973,6 +1209,8 @@ def test_what_we_train_loads_in_transformers(tied, bias, tmp_path):
         ids = tokenizer.encode(sample)
         assert peer(sample)["input_ids"] == ids and peer.decode(ids, clean_up_tokenization_spaces=False) == sample
     assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (tokenizer.eot_id, tokenizer.pad_id, 300)
+    messages = [{"role": "user", "content": "What is 2 + 3?"}]
+    assert peer.apply_chat_template(messages, tokenize=False) == data.format_prompt({"prompt": "What is 2 + 3?"}, "alpaca")
     assert peer("a<|endoftext|>b")["input_ids"] == tokenizer.encode("a<|endoftext|>b", allowed_special="all")
     theirs.save_pretrained(tmp_path / "again")
     again = load_gpt2(tmp_path / "again")
@@ -1019,3 +1257,117 @@ def test_gpt2s_own_tokenizer_loads_in_transformers(tmp_path, gpt2_tokenizer):
     for sample in ("Hello, world. Is this-- a test?", "naïve 日本語 🙂🙂", "  spaces \n\n\t", "x=1;y=23456"):
         assert peer(sample)["input_ids"] == gpt2_tokenizer.encode(sample)
     assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (50256, 50256, 50257)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_the_gguf_package_reads_our_files(dtype, tmp_path):
+    """Every tensor, dequantized by the package, and metadata of each kind; its blocks of q8_0 are ours."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = BPETokenizer.train([TEXT * 3], 300)
+    model = ready_model(gpt.GPTConfig(300, 16, 32, 4, 2, qkv_bias=True, tie_weights=True))
+    gpt2_weights.export_gguf(model, tmp_path / "m.gguf", tokenizer, dtype)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.tokens"] == [*tokenizer.names, "<|endoftext|>"]
+    assert fields["tokenizer.ggml.merges"] == tokenizer.merges and fields["tokenizer.ggml.eos_token_id"] == 299
+    assert fields["gpt2.block_count"] == 2 and abs(fields["gpt2.attention.layer_norm_epsilon"] - 1e-5) < 1e-11
+    known = {gguf.TENSOR_NAMES[tensor].format(bid=i) for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2]
+             for i in range(2)}
+    assert {tensor.name.rpartition(".")[0] for tensor in reader.tensors} == known - {"output"}
+    state = list(model.state_dict().values())
+    assert len(reader.tensors) == len(state) - 1
+    for tensor, right in zip(reader.tensors, state):
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        step = {"F32": 0, "F16": 2**-11, "Q8_0": 1 / 254 + 2**-11}[tensor.tensor_type.name] * right.abs().max()
+        assert (found - right).abs().max() <= step * 1.01, tensor.name
+        if tensor.tensor_type.name == "Q8_0":
+            theirs = torch.from_numpy(gguf.quants.quantize(right.detach().numpy(), tensor.tensor_type))
+            difference = theirs.view(torch.int8).int() - torch.from_numpy(tensor.data.copy()).view(torch.int8).int()
+            assert (difference != 0).float().mean() < 1e-4 and difference.abs().max() <= 1  # ties round to even here
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_the_chat_template_words_a_conversation_as_tuning_does(template):
+    """By Jinja as transformers and llama-cpp-python set it up: prompt, answer and end as in encode_entries."""
+    jinja2 = pytest.importorskip("jinja2")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    jinja = environment.from_string(data.chat_template(template))
+    asked, answered = 'Say "\\n" in 日本\nnow', " Yes.\n"
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    prompt = data.format_prompt({"prompt": asked}, template)
+    assert jinja.render(messages=messages[:1], add_generation_prompt=True) == prompt
+    whole = prompt + data.format_response(answered, template) + "<|endoftext|>"
+    assert jinja.render(messages=messages + messages[:1], eos_token="<|endoftext|>") == whole + prompt
+
+
+HARD = (TEXT, " leading", "trailing  ", "\t\n\r\n", "1234567 890", "3.14 and 2,718", "unseen Ωδ words", "x=1;y=23456",
+        "don't we'll I'VE they're", "日本語のテキスト", "🙂🙂 👨‍👩‍👧", "a\u00a0b\u3000c", "½ Ⅷ ٣٤", "e\u0301te",
+        "\x1c\x1f|", "snake_case()", "  two  spaces\n\n\nlines", "<|endoftext|>", "ſ ʼn 'ſ", "tab\tbed\r\nline",
+        "--__--", " \n x", "\u200b zero", "")
+
+
+def own_model():
+    """Return (model, tokenizer) with 400 own tokens, trained until it is sure of the text that it has seen."""
+    text = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
+    tokenizer = BPETokenizer.train([TEXT * 3, text], 400, split_digits=True)
+    ids = torch.tensor(tokenizer.encode(text))
+    torch.manual_seed(0)
+    model = gpt.GPTModel(gpt.GPTConfig(400, 64, 64, 4, 2, drop_rate=0.0, tie_weights=True, exact_gelu=True))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        starts = torch.randint(len(ids) - 65, (16, 1))
+        windows = ids[starts + torch.arange(65)]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).backward()
+        optimizer.step()
+    return model.eval(), tokenizer
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", ["GPT-2's tokenizer, random", "own tokenizer, trained"])
+def test_llama_cpp_computes_the_same(kind, tmp_path, gpt2_tokenizer):
+    """Same ids for 24 hard texts, same greedy tokens for 20 prompts in f32, perplexity within 1% in q8_0."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    random = ready_model(gpt.GPTConfig(50257, 64, 64, 4, 3, qkv_bias=True, tie_weights=True))
+    random.final_norm.weight.data.mul_(4)  # sure of its choices
+    model, tokenizer = own_model() if kind.startswith("own") else (random, gpt2_tokenizer)
+    text = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
+    ids, perplexities = tokenizer.encode(text), {}
+    prompts = [ids[97 * i : 97 * i + 8 + i] for i in range(20)]
+    for dtype in ("f32", "q8_0"):
+        gpt2_weights.export_gguf(model, tmp_path / f"{dtype}.gguf", tokenizer, dtype)
+        llama = llama_cpp.Llama(str(tmp_path / f"{dtype}.gguf"), n_ctx=64, n_threads=1, n_threads_batch=1, type_k=0,
+                                type_v=0, logits_all=True, verbose=False)  # keys and values in f32 too
+
+        def logits_of(tokens):
+            llama.reset()
+            llama.eval(tokens)
+            return torch.tensor(llama.scores[: len(tokens)])
+
+        assert llama.token_eos() == tokenizer.eot_id and llama.n_vocab() == tokenizer.vocab_size
+        for sample in HARD:
+            found = llama.tokenize(sample.encode(), add_bos=False) if sample else []
+            assert found == tokenizer.encode(sample), sample
+            assert llama.detokenize(found).decode() == sample
+        assert llama.tokenize(b"a<|endoftext|>", add_bos=False, special=True)[-1] == tokenizer.eot_id
+        windows = [ids[i : i + 64] for i in range(0, 640, 64)]
+        losses = {"ours": [], "theirs": []}
+        for window in windows:
+            row = torch.tensor([window])
+            losses["ours"].append(-gpt.token_logprobs(model(row), row).mean().item())
+            losses["theirs"].append(-gpt.token_logprobs(logits_of(window)[None], row).mean().item())
+        perplexities[dtype] = [math.exp(sum(part) / len(part)) for part in losses.values()]
+        if dtype == "f32":
+            worst = max((logits_of(window) - model(torch.tensor([window]))[0]).abs().max().item() for window in windows)
+            assert worst < 0.01 * model(torch.tensor(windows)).std()  # GELU from a table of float16 there
+            for prompt in prompts:
+                ours = gpt.generate(model, torch.tensor([prompt]), 20, temperature=0)[0].tolist()
+                theirs = list(prompt)
+                while len(theirs) < len(ours):
+                    theirs.append(logits_of(theirs)[-1].argmax().item())
+                assert theirs == ours
+    print(f"{kind}: largest difference of a logit in f32 {worst:.1e}; perplexity ours, theirs: {perplexities}")
+    for ours, theirs in perplexities.values():
+        assert abs(theirs / ours - 1) < 0.01
