@@ -463,30 +463,43 @@ def read_preferences(source):
     return usable
 
 
+def exchange(entry, key, place):
+    """Return (question, answer) of the answer entry[key] of a comparison, in any form that `preference` lists."""
+    prompt, said = entry.get("prompt"), entry.get(key)
+    if isinstance(said, list):
+        if isinstance(prompt, str) and len(said) == 1:
+            prompt = [{"role": "user", "content": prompt}]
+        said = conversation({"messages": [*prompt, *said] if isinstance(prompt, list) else said}, place)
+        require(len(said) > 1 and said[-1]["role"] == "assistant", f"{place}: the messages must ask something and end with an answer")
+        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+        lines = [f"{names[message['role']]}: {message['content']}" for message in said[:-1]]
+        return said[0]["content"] if len(lines) == 1 else "\n\n".join(lines), said[-1]["content"]
+    answer = text_field(entry, key, place)
+    if "instruction" in entry or "prompt" in entry:
+        return text_field(entry, "instruction" if "instruction" in entry else "prompt", place), answer
+    question, mark, answer = answer.rpartition("\n\nAssistant:")
+    require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
+    return question.strip(), answer.partition("\n\nHuman:")[0].strip()
+
+
 def preference(entry, place="entry"):
-    """Return one comparison as a dict of strings: instruction, input, prompt, chosen, rejected.
+    """Return one comparison as a dict of strings: instruction, input, prompt, chosen, rejected, and `output` if given.
 
     Answers are `response_1`, `response_2` and `preferred` (1 or 2), or `chosen` and `rejected`; the question `prompt`,
     or `instruction` with `input`, or, in HH-RLHF's form, the part of both transcripts up to the last "Assistant:" (a
-    human turn after it is cut off). None if these parts differ or the chosen answer is empty."""
+    human turn after it is cut off). Both answers may be lists of messages, behind those of a list `prompt` if there is
+    one. None if the questions differ or the chosen answer is empty."""
     keys = ("chosen", "rejected")
     if "preferred" in entry or "response_1" in entry:
         first = entry.get("preferred")
         require(type(first) is int and first in (1, 2), f"{place}: 'preferred' must be 1 or 2, not {first!r}")
         keys = (f"response_{first}", f"response_{3 - first}")
-    chosen, rejected = (text_field(entry, key, place) for key in keys)
-    if "instruction" in entry or "prompt" in entry:
-        instruction = other = text_field(entry, "instruction" if "instruction" in entry else "prompt", place)
-    else:
-        instruction, mark, chosen = chosen.rpartition("\n\nAssistant:")
-        other, _, rejected = rejected.rpartition("\n\nAssistant:")
-        require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
-        instruction, other = instruction.strip(), other.strip()
-        chosen, rejected = (answer.partition("\n\nHuman:")[0].strip() for answer in (chosen, rejected))
+    (instruction, chosen), (other, rejected) = (exchange(entry, key, place) for key in keys)
     if instruction != other or not chosen.strip():
         return None
     question = {"instruction": instruction, "input": text_field(entry, "input", place, default="")}
-    return {**question, "prompt": prompt_of(question), "chosen": chosen, "rejected": rejected}
+    output = {} if entry.get("output") is None else {"output": text_field(entry, "output", place)}
+    return {**question, "prompt": prompt_of(question), "chosen": chosen, "rejected": rejected, **output}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,20 +3,22 @@
     python rlhf.py                                  reward model, PPO, evaluation on the built-in pairs: 4 minutes
     python rlhf.py reward --data pairs.json         a reward model of your own pairs
     python rlhf.py ppo --reward my_rewards:brevity  against any Python function (prompts, responses) -> floats
-    python rlhf.py grpo --lora_rank 8               groups of responses instead of a value head; here with adapters
-    python rlhf.py dpo                              from the pairs alone; --loss sft is the baseline
+    python rlhf.py grpo --reward exact              groups of responses, no value head; here 1 for right answers, else 0
+    python rlhf.py dpo --loss ipo                   from the pairs alone; also dpo, simpo, orpo, and sft as a baseline
     python rlhf.py evaluate --checkpoint out/ppo/model.safetensors,out/dpo/model.safetensors
     python rlhf.py rate                             compare answers yourself, blind: 1, 2 or skip
 
-Pairs come in any form of data.read_preferences (for ppo and grpo also prompts alone), divided by prompt into 85%
-training, 5% validation, 10% test. Logged at each step of PPO and GRPO: objective/scores (mean reward), objective/kl
-(k1, nats per response), objective/kl_exact (whole distributions), objective/entropy, objective/rlhf_reward (score -
-kl_coef x kl), policy/clipfrac, policy/approxkl (k2 per token, to the policy that sampled), val/ratio (1 at the first
-update), val/explained_variance, val/stopped (share that ended), loss/*, eps (responses per second).
+Pairs come in any form of data.preference (for ppo and grpo also prompts alone), divided by prompt into 85% training,
+5% validation, 10% test. Logged at each step of PPO and GRPO: objective/scores (mean reward), objective/kl (k1, nats
+per response), objective/kl_exact (whole distributions), objective/entropy, objective/rlhf_reward (score - kl_coef x
+kl), policy/clipfrac, policy/approxkl (k2 per token, to the policy that sampled), val/ratio (1 at the first update),
+val/explained_variance, val/stopped (share that ended), val/equal_groups (prompts whose responses all score the same:
+the update leaves them out), loss/*, eps (responses per second).
 
 Differs from Ziegler et al. 2019 and TRL: tokens after the stop token are masked, the score stands at the stop token, a
 response that does not stop loses a point, log-probabilities are recomputed by the forward pass that trains, so that the
-first ratios are 1 to the bit. GRPO's KL penalty is the k2 estimator, and each token of a batch weighs the same.
+first ratios are 1 to the bit. GRPO's KL penalty is the k2 estimator, and each token of a batch weighs the same: no
+response is divided by its length. IPO takes sums of log-probabilities, as in its paper; TRL takes means.
 """
 
 import argparse
@@ -46,7 +48,8 @@ from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters,
                    make_optimizers, naive_bayes, open_run, option, read_log, report_step, run_script, save_best,
                    save_state, set_learning_rate, start_run, stop_now, total_steps, wilson, write_summary)
 
-HEADS, NO_ANSWER = ("linear", "mlp", "likelihood"), "(no answer)"
+HEADS, LOSSES = ("linear", "mlp", "likelihood"), ("dpo", "ipo", "simpo", "orpo", "sft")
+ADVANTAGES, NO_ANSWER = ("gae", "group", "group-mean", "rloo"), "(no answer)"
 
 
 @dataclasses.dataclass
@@ -62,10 +65,10 @@ class Config(AdapterOptions):
     save_every: int = option(50, "steps between saves of state.pt, 0 = only at the end and when stopped", low=0)
     split_seed: int = option(1234, "of the division of a file, the same for all stages", low=0, high=2**62)
     head: str = option("likelihood", "mlp: two layers; likelihood: linear, with the log-probability", choices=HEADS)
-    loss: str = option("dpo", "sft only learns to write the chosen answers", choices=("dpo", "sft"))
-    beta: float = option(0.1, "strength of the tie to the reference", low=0)
+    loss: str = option("dpo", "of pairs; sft only learns to write the chosen answers", choices=LOSSES)
+    beta: float = option(0.1, "tie to the start; simpo: scale of its reward; orpo: weight of the odds ratio", low=1e-6)
     label_smoothing: float = option(0.0, "share of preferences believed to be wrong", low=0, high=0.5)
-    reward: str = option("out/reward/model.safetensors", "a reward model, gold (the rubric), or module:function")
+    reward: str = option("out/reward/model.safetensors", "a reward model, exact (1 if right), gold, module:function")
     response_length: int = option(40, "tokens of a sampled response at most", low=1)
     temperature: float = option(0.7, "of sampling, and so of all log-probabilities", low=1e-3)
     no_stop_penalty: float = option(1.0, "subtracted from the score of a response that does not end by itself", low=0)
@@ -76,12 +79,11 @@ class Config(AdapterOptions):
     ptx_coef: float = option(0.3, "weight of the ptx loss (writing the preferred answers), which keeps skills", low=0)
     ppo_epochs: int = option(2, "passes over each batch of responses", low=1)
     minibatches: int = option(1, "updates in each pass", low=1)
-    clip_range: float = option(0.2, "the probability ratio is clipped to 1 +- this", low=0.001)
-    clip_range_value: float = option(0.2, "a value is clipped to the one at sampling +- this", low=0.001)
+    clip_range: float = option(0.2, "the probability ratio is clipped to 1 +- this, a value to its old one", low=0.001)
+    clip_high: float = option(0.0, "clip the ratio at 1 + this where it rises, 0 = --clip_range; DAPO: 0.28", low=0)
+    advantage: str = option("gae", "group: GRPO; group-mean: Dr. GRPO; gae: of a value head, PPO", choices=ADVANTAGES)
     vf_coef: float = option(0.1, "weight of the value loss", low=0)
-    gamma: float = option(1.0, "discount per token", low=0, high=1)
     lam: float = option(0.95, "lambda of GAE", low=0, high=1)
-    whiten_rewards: bool = option(False, "divide the tokens' rewards by their standard deviation")
     group: int = option(1, "responses to each prompt", low=1)
     eval_prompts: int = option(200, "validation prompts of an evaluation while training", low=1)
     test_prompts: int = option(500, "held-out prompts of the figures at the end, 0 = all", low=0)
@@ -94,7 +96,6 @@ class Config(AdapterOptions):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The mathematics: pure functions of tensors
-#
 # B responses, R tokens of the longest one, V vocabulary. `mask` (B, R) is 1 from a response's first token to its stop
 # token and 0 after it; what stands there changes nothing. Log-probabilities, KL and losses are in nats.
 
@@ -104,17 +105,14 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
-def whiten(x, mask, shift_mean=True):
+def whiten(x, mask):
     """Return x with mean 0 and variance 1 over the entries whose mask is 1, and 0 elsewhere: (B, R) -> (B, R).
 
-    With `shift_mean=False` the mean stays, only the spread is divided out. The variance is the biased one. Entries are
-    first taken relative to one of them, so that equal ones become 0. Source: the code of Ziegler et al. 2019."""
-    first = x.flatten()[mask.flatten().argmax()]
-    x = (x - first) * mask
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean + first) * mask
+    The variance is the biased one. Entries are first taken relative to one of them, so that equal ones become 0.
+    Source: the code of Ziegler et al. 2019."""
+    x = (x - x.flatten()[mask.argmax()]) * mask
+    x = x - masked_mean(x, mask)
+    return x * torch.rsqrt(masked_mean(x**2, mask) + 1e-8) * mask
 
 
 def reward_loss(chosen, rejected):
@@ -133,6 +131,35 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
     right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
     return ((1 - label_smoothing) * right + label_smoothing * wrong).mean()
+
+
+def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+    """Return the mean IPO loss of summed response log-probabilities, each (B,), -> ().
+
+    The log-ratio's margin is drawn to 1 / (2 beta) nats and no further, whereas DPO's may grow for ever. The start
+    costs 1 / (4 beta^2). Source: Azar et al. 2023, "A general theoretical paradigm to understand learning from human
+    preferences", equation 17, where beta is tau; TRL divides each sum by the response's length first."""
+    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    return ((margin - 1 / (2 * beta)) ** 2).mean()
+
+
+def simpo_loss(chosen, rejected, chosen_length, rejected_length, beta=2.0, gamma=1.0):
+    """Return the mean SimPO loss of summed log-probabilities and numbers of tokens of responses, each (B,), -> ().
+
+    The reward is beta x the mean log-probability of a token, and the chosen one's should be larger by gamma. Source:
+    Meng et al. 2024, "SimPO: simple preference optimization with a reference-free reward", equation 6."""
+    return -F.logsigmoid(beta * (chosen / chosen_length - rejected / rejected_length) - gamma).mean()
+
+
+def orpo_loss(chosen, rejected, chosen_length, rejected_length, beta=0.1):
+    """Return the mean ORPO loss of summed log-probabilities and numbers of tokens of responses, each (B,), -> ().
+
+    Nats per token of writing the chosen answer, plus beta x -log sigmoid of the log odds ratio; odds are p / (1 - p)
+    with log p the mean of a response's tokens. Source: Hong et al. 2024, "ORPO: monolithic preference optimization
+    without reference model", equations 4, 6 and 7, where beta is lambda."""
+    logp = torch.stack([chosen / chosen_length, rejected / rejected_length]).clamp(max=-1e-6)  # of a certain one: log 0
+    log_odds = logp - torch.log(-torch.expm1(logp))
+    return (-chosen / chosen_length - beta * F.logsigmoid(log_odds[0] - log_odds[1])).mean()
 
 
 def token_scores(logits, ids, temperature=1.0):
@@ -179,13 +206,14 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def ppo_policy_loss(new, old, advantages, mask, clip=0.2):
+def ppo_policy_loss(new, old, advantages, mask, clip=0.2, clip_high=0.0):
     """Return (loss, metrics) of log-probabilities under the new and the sampling policy and advantages, each (B, R).
 
     loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(new - old): no gain from
-    moving a probability further than the clip range. Source: Schulman et al. 2017 (PPO), equation 7."""
+    moving a probability further than the clip range. A wider `clip_high` in place of the upper 1 + clip lets unlikely
+    tokens rise. Sources: Schulman et al. 2017 (PPO), equation 7; Yu et al. 2025 (DAPO), section 3.1."""
     ratio = torch.exp((new - old) * mask)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    clipped = ratio.clamp(1 - clip, 1 + (clip_high or clip))
     loss = masked_mean(torch.max(-advantages * ratio, -advantages * clipped), mask)
     with torch.no_grad():
         metrics = {"policy/clipfrac": masked_mean((ratio != clipped).float(), mask).item(),
@@ -212,14 +240,22 @@ def kl_controller(kl_coef, kl, target, episodes, horizon):
     return kl_coef * (1 + error * min(1, episodes / horizon))
 
 
-def group_advantages(scores, group):
-    """Return (score - mean) / (standard deviation + 1e-4) within each group of `group` neighbors: (B,) -> (B,).
+def group_advantages(scores, group, kind="group"):
+    """Return each score's advantage over its group of `group` neighbors: (B,) -> (B,); equal scores get 0 exactly.
 
-    Equal scores get 0 exactly, see `whiten`. Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2 (GRPO)."""
+    group: (score - mean) / (standard deviation + 1e-4); Shao et al. 2024 (DeepSeekMath), section 4.1.2 (GRPO).
+    group-mean: score - mean, so that easy and hard prompts weigh the same; Liu et al. 2025 (Dr. GRPO), section 3.
+    rloo: score - mean of the others in the group; Ahmadian et al. 2024 (RLOO), arXiv 2402.14740.
+
+    Example: group_advantages(torch.tensor([0.0, 1, 1, 1]), 4, "rloo") is [-1, 1/3, 1/3, 1/3]."""
     groups = scores.view(-1, group)
-    groups = groups - groups[:, :1]
-    centered = groups - groups.mean(1, keepdim=True)
-    return (centered / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    groups = groups - groups[:, :1]  # relative to one of them: rounding of a mean must not become an advantage
+    advantages = groups - groups.mean(1, keepdim=True)
+    if kind == "group":
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    if kind == "rloo":
+        advantages = advantages * group / (group - 1)
+    return advantages.flatten()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,27 +296,25 @@ class RewardModel(nn.Module):
     def __init__(self, gpt, head="linear"):
         super().__init__()
         C = gpt.config.emb_dim
-        self.gpt, self.head_kind = gpt, head
-        last = nn.Linear(C + (head == "likelihood"), 1)
-        nn.init.normal_(last.weight, std=1 / math.sqrt(C + 1))
-        nn.init.zeros_(last.bias)
+        self.gpt, self.head_kind, self.config = gpt, head, gpt.config  # which a checkpoint stores
+        self.head = nn.Linear(C + 1 if head == "likelihood" else C, 1)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(C + 1))
+        nn.init.zeros_(self.head.bias)
         if head == "likelihood":
-            nn.init.constant_(last.weight[:, C:], 0.2)
-        self.head = last if head != "mlp" else nn.Sequential(nn.Linear(C, C), nn.GELU(), last)
-        if head != "likelihood" and not gpt.config.tie_weights:
+            nn.init.constant_(self.head.weight[:, C:], 0.2)
+        elif not gpt.config.tie_weights:
             gpt.out_head.requires_grad_(False)  # is not read
+        if head == "mlp":
+            self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), self.head)
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
-    @property
-    def config(self):
-        """The language model's config, which a checkpoint stores."""
-        return self.gpt.config
-
     def forward(self, ids, mask=None, R=None):
-        mask, R = torch.ones_like(ids) if mask is None else mask.long(), ids.shape[1] - 1 if R is None else R
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        R = ids.shape[1] - 1 if R is None else R
         states = response_states(self.gpt, ids, mask, R)
-        last = full_precision(states[torch.arange(len(ids)), R - mask.flip(1).argmax(1)])  # before padding on the right
+        padding = mask.flip(1).argmax(1)  # columns on the right of the last token
+        last = full_precision(states[torch.arange(len(ids)), R - padding])
         if self.head_kind == "likelihood":
             logprobs = sequence_logprobs(self.gpt, ids, mask, R, states)
             last = torch.cat([last, logprobs[:, None].to(last.dtype)], dim=1)
@@ -330,10 +364,10 @@ Pair = namedtuple("Pair", "prompt chosen rejected text")
 
 def load_pairs(config, answers=True):
     """Return the pairs of --data, dicts as of data.preference, in three lists, train, validation, test, with no prompt
-    in two of them. Where no `answers` are needed, a file may hold prompts alone."""
+    in two of them. Where no `answers` are needed, a file may hold prompts alone, or instructions."""
     if config.data == "tinyworld":
-        parts = [[preference(entry) for entry in tinyworld("preferences", part)] for part in ("train", "val", "test")]
-        return [[pair for pair in part if pair] for part in parts]
+        views = (tinyworld("preferences", part) for part in ("train", "val", "test"))
+        return [list(filter(None, map(preference, view))) for view in views]  # some chosen answers are empty
     if answers:
         pairs = read_preferences(config.data)
     else:
@@ -355,10 +389,12 @@ def encode_pair(pair, tokenizer, template):
 def encode_pairs(pairs, tokenizer, template, room):
     """Return the Pairs of dicts; of one that has more than `room` tokens the beginning is cut off. Those whose answers
     are equal then are left out and counted; ValueError if all are."""
-    whole = [encode_pair(pair, tokenizer, template) for pair in pairs]
-    rows = [Pair(prompt[-max(1, room - max(len(chosen), len(rejected))) :], chosen[1 - room :], rejected[1 - room :],
-                 text) for prompt, chosen, rejected, text in whole]
-    long = sum(row != before for row, before in zip(rows, whole))
+    rows, long = [], 0
+    for pair in pairs:
+        prompt, chosen, rejected, text = encode_pair(pair, tokenizer, template)
+        answer = max(len(chosen), len(rejected))
+        long += len(prompt) + answer > room
+        rows.append(Pair(prompt[-max(1, room - answer) :], chosen[1 - room :], rejected[1 - room :], text))
     different = [row for row in rows if row.chosen != row.rejected]
     if long:
         print(f"{long} of {len(rows)} pairs have more than {room} tokens and lose their beginning", file=sys.stderr)
@@ -426,13 +462,13 @@ class Rollout(namedtuple("Rollout", "ids mask response_mask stopped scores logpr
 
 
 @torch.no_grad()
-def sample_responses(model, prompts, tokenizer, max_new_tokens, temperature=1.0, num_samples=1, generator=None):
+def sample_responses(model, prompts, tokenizer, config, num_samples=1, generator=None, greedy=False):
     """Return (Rollout, texts) of responses to lists of ids, `num_samples` to each; ids, masks and stopped are set. No
     top-k or top-p: these would sample from another policy than the one that is trained."""
     ids, mask = (x.to(model.device) for x in pad_left(prompts, tokenizer.eot_id))
     P, stop = ids.shape[1], tokenizer.eot_id
-    ids = generate(model, ids, max_new_tokens, temperature, eos_id=stop, mask=mask, num_samples=num_samples,
-                   generator=generator)
+    ids = generate(model, ids, config.response_length, 0 if greedy else config.temperature, eos_id=stop, mask=mask,
+                   num_samples=num_samples, generator=generator)
     stops = (ids[:, P:] == stop).long()
     real = (stops.cumsum(1) - stops == 0).long()  # up to and with the first stop token
     texts = [tokenizer.decode([i for i, r in zip(row, kept) if r and i != stop]).strip()
@@ -475,6 +511,24 @@ def call_reward(reward, prompts, responses):
     return torch.tensor(scores)
 
 
+def right(pair, response):
+    """Return whether a response is the right answer to a pair's prompt, its `output` or what tinyworld computes."""
+    return exact_match(response, pair["output"] if "output" in pair else answer(pair["prompt"]))
+
+
+def gold(pair, response):
+    """Return the hidden rubric's score of a response to a pair's prompt, which must be of tinyworld."""
+    return gold_score(pair["prompt"], response)
+
+
+def rubric(score, pairs, responses):
+    """Return score(pair, response) of each (N,), or None where one of them has none."""
+    try:
+        return torch.tensor([float(score(pair, response)) for pair, response in zip(pairs, responses)])
+    except ValueError:
+        return None
+
+
 def load_reward_model(path, device="cpu"):
     """Return (model in eval mode, tokenizer, info); FileNotFoundError or ValueError for what is no reward model."""
     if not Path(path).is_file():
@@ -501,11 +555,17 @@ def model_reward(model, tokenizer, template):
     return reward
 
 
-def load_reward(name, device, required=True):
-    """Return the reward function of --reward; None for a file that is missing and not `required`."""
+def load_reward(config, device, pairs=(), required=True):
+    """Return the function of --reward; `exact` knows the answers to pairs. None for a missing file if not required."""
+    name = config.reward
     module, _, function = name.rpartition(":")
     if name == "gold":
         return lambda prompts, responses: [gold_score(*both) for both in zip(prompts, responses)]
+    if name == "exact":
+        known = {pair["prompt"]: pair for pair in pairs}
+        if rubric(right, known.values(), known) is None:
+            raise ValueError(f"--reward exact needs the right answer as `output` in each entry of --data {config.data}")
+        return lambda prompts, responses: [right(known[prompt], text) for prompt, text in zip(prompts, responses)]
     if not module or name.endswith(".safetensors"):
         if not required and not Path(name).is_file():
             return None
@@ -522,6 +582,8 @@ def load_reward(name, device, required=True):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The three loops: reward model; PPO and GRPO; DPO
+
+Measure = namedtuple("Measure", "reference reward tokenizer config")  # what a policy is measured with
 
 
 def open_start(config, answers=True):
@@ -540,7 +602,7 @@ def run_mark(model, data, *files):
     return fingerprint(model, data, *(gpt.file_sha256(file) for file in files if Path(file).is_file()))
 
 
-def keep_best(folder, model, tokenizer, progress, value, title, keys, info, **figures):
+def keep_best(folder, model, tokenizer, progress, info, value, keys, **figures):
     """Log and draw the figures of an evaluation, and keep the weights if `value` is the lowest so far."""
     better = is_best(progress, value)
     log(folder, progress.step, **figures)
@@ -548,7 +610,7 @@ def keep_best(folder, model, tokenizer, progress, value, title, keys, info, **fi
         save_best(folder, model, tokenizer, step=progress.step, **info, **figures)
     line = "  ".join(f"{key.removeprefix('val_')} {figures[key]:.4f}" for key in keys if key in figures)
     print(f"step {progress.step}  validation  {line}" + "  best" * better, file=sys.stderr)
-    draw_curves(folder / "curves.svg", title, read_log(folder), {key: key for key in keys}, "nats; score; share")
+    draw_curves(folder / "curves.svg", info["stage"], read_log(folder), dict(zip(keys, keys)), "nats; score; share")
 
 
 def train_reward(config):
@@ -595,17 +657,17 @@ def train_reward(config):
         stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
         figures = reward_figures(load_reward_model(folder / "model.safetensors", device)[0], rows, test_rows, pad_id)
         summary = write_summary(folder, config, "reward", progress, model, mark, val_loss=progress.best, **figures)
-    print("reward model: accuracy {accuracy:.1%} ({accuracy_interval[0]:.1%} to {accuracy_interval[1]:.1%}), by length "
-          "{length_baseline_accuracy:.1%}, naive Bayes {naive_bayes_accuracy:.1%}; {seconds:.0f} s".format(**summary))
+    low, high = summary["accuracy_interval"]
+    print("reward model: accuracy {accuracy:.1%} ({low:.1%} to {high:.1%}), by length {length_baseline_accuracy:.1%}, "
+          "naive Bayes {naive_bayes_accuracy:.1%}; {seconds:.0f} s".format(low=low, high=high, **summary))
     return summary
 
 
 def start_samples(model, pairs, tokenizer, template, config):
     """Return [(ids, mask, R)] of the start's own responses, at least 64, by which a reward model is normalized."""
-    prompts = encode_prompts(pairs, tokenizer, template, model, config)[: config.eval_prompts]
+    prompts = [row.prompt for row in encode_prompts(pairs, tokenizer, template, model, config)][: config.eval_prompts]
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    rollout, texts = sample_responses(model, [row.prompt for row in prompts], tokenizer, config.response_length,
-                                      config.temperature, math.ceil(64 / len(prompts)), generator)
+    rollout, texts = sample_responses(model, prompts, tokenizer, config, math.ceil(64 / len(prompts)), generator)
     if len(prompts) == len(set(texts)) == 1:
         raise ValueError("--init always answers the only validation prompt alike; give --data with more prompts")
     R = rollout.response_mask.shape[1]
@@ -629,8 +691,8 @@ def evaluate_reward(folder, model, pairs, samples, tokenizer, progress, info):
     margins = pair_margins(model, pairs, tokenizer.eot_id)
     loss, accuracy = -F.logsigmoid(margins).mean().item(), correct(margins).mean().item()
     model.normalize(torch.cat([model(*some).float() for some in samples]))
-    keep_best(folder, model, tokenizer, progress, loss, "Reward model", ("loss", "val_loss", "val_accuracy"), info,
-              val_loss=loss, val_accuracy=accuracy, val_margin=margins.mean().item())
+    keep_best(folder, model, tokenizer, progress, info, loss, ("loss", "val_loss", "val_accuracy"), val_loss=loss,
+              val_accuracy=accuracy, val_margin=margins.mean().item())
     model.gain.fill_(1)  # as in training: a loss of differences is about scores as they are
     model.bias.zero_()
     model.train()
@@ -645,25 +707,27 @@ def reward_figures(model, train_pairs, pairs, pad_id):
         leads = [float(score(pair.text["chosen"]) - score(pair.text["rejected"])) for pair in pairs]
         return correct(torch.tensor(leads)).mean().item()
 
-    length, hits = share(pairs, len), correct(margins)
-    gold = [rubric(gold_score, [p.text["prompt"] for p in pairs], [p.text[side] for p in pairs]) for side in sides]
+    length, hits, texts = share(pairs, len), correct(margins), [pair.text for pair in pairs]
+    chosen, rejected = (rubric(gold, texts, [text[side] for text in texts]) for side in sides)
     return dict(accuracy=hits.mean().item(), accuracy_interval=wilson(hits.sum().item(), len(hits)),
-                accuracy_noise_free=None if gold[0] is None else hits[gold[0] > gold[1]].mean().item(),
+                accuracy_noise_free=None if chosen is None else hits[chosen > rejected].mean().item(),
                 length_baseline_accuracy=length if share(train_pairs, len) >= 0.5 else 1 - length,
                 naive_bayes_accuracy=share(pairs, lambda text: words(text)["chosen"] - words(text)["rejected"]),
                 margin=margins.mean().item(), test_loss=-F.logsigmoid(margins).mean().item(), test_pairs=len(hits))
 
 
-def train_policy(config, stage="ppo"):
-    """Train a policy against --reward, by PPO or GRPO as `stage` says, and return the summary."""
+def train_policy(config):
+    """Train a policy against --reward, by PPO or GRPO as --advantage says, and return the summary."""
+    stage = "ppo" if config.advantage == "gae" else "grpo"
     if config.batch_size % config.group or stage == "grpo" and config.group < 2:
         raise argparse.ArgumentError(None, f"--batch_size must be a multiple of --group {config.group}, in grpo > 1")
     if summary := finished(config):
         return summary
     model, tokenizer, template, parts = open_start(config, answers=False)
     prompts, val_prompts, test_prompts = (encode_prompts(part, tokenizer, template, model, config) for part in parts)
-    context, reward = autocast(config, model.device), load_reward(config.reward, model.device)
+    context, reward = autocast(config, model.device), load_reward(config, model.device, itertools.chain(*parts))
     reference = reference_of(model)  # a frozen copy, or with new adapters this model inside lora_disabled
+    measure = Measure(reference, reward, tokenizer, config)
     policy = Policy(model).eval()  # dropout is off throughout: else the first ratios would not be 1
     policy.value_head.requires_grad_(stage == "ppo")
     per_step = dataclasses.replace(config, batch_size=config.batch_size // config.group)  # prompts, not responses
@@ -675,13 +739,12 @@ def train_policy(config, stage="ppo"):
     with open_run(config, mark, progress) as (folder, state, stop):
         start_run(folder, state, policy, optimizers, progress, total, config, mark, stage)
         if progress.step == 0:
-            evaluate_policy(folder, model, reference, val_prompts, reward, tokenizer, progress, config, info)
+            evaluate_policy(folder, model, val_prompts, measure, progress, info)
         for indices in batches(len(prompts), per_step, progress, total):  # 1. each epoch  2. each batch
             clock, kl_coef, asked = time.monotonic(), progress.extra["kl_coef"], [prompts[i] for i in indices]
             # A. sample --group responses to each prompt
             with context:
-                rollout, texts = sample_responses(model, [row.prompt for row in asked], tokenizer,
-                                                  config.response_length, config.temperature, config.group)
+                rollout, texts = sample_responses(model, [row.prompt for row in asked], tokenizer, config, config.group)
             # B. score them; one without a stop token loses --no_stop_penalty
             scores = call_reward(reward, [row.text["prompt"] for row in asked for _ in range(config.group)], texts)
             rollout = rollout._replace(scores=scores.to(model.device))
@@ -690,18 +753,11 @@ def train_policy(config, stage="ppo"):
             with context:
                 score_tokens(forward, reference, rollout, config)
             # D. advantages: per token by the value head (PPO), per response within its group (GRPO)
-            mask = rollout.response_mask
-            if stage == "ppo":
-                rewards = token_rewards(final, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)
-                if config.whiten_rewards:
-                    rewards = whiten(rewards, mask, shift_mean=False)
-                advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
-                rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)
-            else:
-                rollout = rollout._replace(advantages=group_advantages(final, config.group)[:, None] * mask)
-            # E. update: --ppo_epochs passes over the responses, in --minibatches random parts
-            updates = []
-            passes = (torch.randperm(len(texts)).chunk(config.minibatches) for _ in range(config.ppo_epochs))
+            rollout, useful = add_advantages(rollout, final, kl_coef, config)
+            # E. update: --ppo_epochs passes over the responses, in --minibatches random parts; a group of equal scores
+            # says nothing about what is better, so it is left out unless all are (Yu et al. 2025, DAPO, section 3.2)
+            updates, kept = [], (useful if useful.any() else ~useful).nonzero().flatten()
+            passes = (kept[torch.randperm(len(kept))].chunk(config.minibatches) for _ in range(config.ppo_epochs))
             for rows in itertools.chain.from_iterable(passes):
                 rows = rows.sort().values  # ordered as when they were scored: the first ratios are 1 to the bit
                 policy.zero_grad(set_to_none=True)  # 3. clear gradients
@@ -712,13 +768,14 @@ def train_policy(config, stage="ppo"):
                     with context:
                         logits, values = forward(part.ids, part.mask, R)
                     new, _, _ = token_scores(logits, part.ids[:, -R:], config.temperature)
-                    loss, found = ppo_policy_loss(new, part.logprobs, part.advantages, mask, config.clip_range)
+                    loss, found = ppo_policy_loss(new, part.logprobs, part.advantages, mask, config.clip_range,
+                                                  config.clip_high)
                     if stage == "ppo":
-                        value_loss = ppo_value_loss(full_precision(values), part.values, part.returns, mask,
-                                                    config.clip_range_value)
+                        values = full_precision(values)
+                        value_loss = ppo_value_loss(values, part.values, part.returns, mask, config.clip_range)
                         found["loss/value"] = value_loss.item()
                         loss = loss + config.vf_coef * value_loss
-                    else:  # k2, whose gradient is the KL's; that of k3 is not (Liu et al. 2025, arXiv 2510.01555)
+                    elif config.advantage != "rloo":  # k2: its gradient is the KL's, k3's is not (arXiv 2510.01555)
                         loss = loss + kl_coef * masked_mean(0.5 * (new - part.ref_logprobs) ** 2, mask)
                     share = (mask.sum() / tokens).item()
                     loss = loss * share  # 4. loss
@@ -741,24 +798,35 @@ def train_policy(config, stage="ppo"):
             progress.tokens += (tokens := int(rollout.mask.sum()))
             progress.extra["episodes"] += len(texts)
             figures = step_figures(rollout, updates, kl_coef, len(texts) / (time.monotonic() - clock))
+            figures["val/equal_groups"] = int((~useful).sum()) // config.group
             progress.extra["kl_coef"] = kl_controller(kl_coef, figures["objective/kl"], config.kl_target, len(texts),
                                                       config.kl_horizon)
             log(folder, progress.step, episode=progress.extra["episodes"], lr=rate, **figures)
             report_step(folder, progress, total, config, figures["loss"], norm, rate, tokens, clock)  # 7. report
             if due(progress.step, config.eval_every, total):  # 8. evaluate, sample, save
-                evaluate_policy(folder, model, reference, val_prompts, reward, tokenizer, progress, config, info)
+                evaluate_policy(folder, model, val_prompts, measure, progress, info)
             stopping = bool(stop)  # one look per step
             if stopping or due(progress.step, config.save_every, total):
                 save_state(folder, policy, optimizers, progress, config, mark)
             if stopping:
                 stop_now(folder, progress, total, stop)
         stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
-        return finish_policy(folder, stage, policy, reference, test_prompts, reward, tokenizer, progress, config, mark)
+        return finish_policy(folder, policy, test_prompts, measure, progress, mark, stage)
 
 
-def train_grpo(config):
-    """Train a policy by GRPO against --reward: no value head, advantages within groups of responses to a prompt."""
-    return train_policy(config, "grpo")
+def add_advantages(rollout, final, kl_coef, config):
+    """Return (rollout with advantages and returns, useful (B,)) of final scores (B,). Responses to a prompt that all
+    score the same are of no use without a value head."""
+    mask = rollout.response_mask
+    rewards = token_rewards(final, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)
+    if config.advantage == "gae":
+        advantages, returns = gae(rewards, rollout.values, mask, lam=config.lam)
+        return rollout._replace(advantages=whiten(advantages, mask), returns=returns), torch.ones(len(final)).bool()
+    advantages = group_advantages(final, config.group, config.advantage)
+    useful = advantages.view(-1, config.group).any(1).repeat_interleave(config.group).cpu()
+    if config.advantage == "rloo":  # there the KL is part of the reward, not of the loss
+        advantages = group_advantages(rewards.sum(1), config.group, "rloo")
+    return rollout._replace(advantages=advantages[:, None] * mask), useful
 
 
 def ptx_losses(model, asked, config, context):
@@ -793,23 +861,24 @@ def step_figures(rollout, updates, kl_coef, eps):
     return {**means, **{key: float(value) for key, value in figures.items()}}
 
 
-def evaluate_policy(folder, model, reference, prompts, reward, tokenizer, progress, config, info):
+def evaluate_policy(folder, model, prompts, measure, progress, info):
     """Evaluate on validation prompts; the best weights have the highest reward - kl_coef x KL. Equal rewards before the
-    first step are an error, except 0, which a sparse reward may give to all: a warning."""
-    prompts, step = prompts[: config.eval_prompts], progress.step
-    found = assess(model, reference, prompts, reward, tokenizer, config)
+    first step are an error, but 0 from a function of the user's, which may be sparse, is a warning."""
+    config, step = measure.config, progress.step
+    prompts = prompts[: config.eval_prompts]
+    found = assess(model, prompts, measure)
     if step == 0 and len(prompts) > 1 and len(set(found["reward"].tolist())) == 1:
         equal = f"all {len(prompts)} rewards are {found['reward'][0]:g} before the first step: nothing can be learned"
-        if found["reward"][0]:
-            raise ValueError(f"{equal} from them; look at --reward")
+        if found["reward"][0] or config.reward == "exact":
+            raise ValueError(f"{equal} from them; look at --reward, or with exact at --init: it must know some answers")
         print(f"warning: {equal} until a response earns another", file=sys.stderr)
     shown = zip(prompts[:3], found["responses"], found["reward"].tolist())
     samples = "".join(f"{row.text['prompt']}  ->  {text}  ({score:.2f})".replace("\n", " / ") + "\n"
                       for row, text, score in shown)
     figures = {f"val_{key}": found[key].mean().item() for key in ("reward", "kl", "gold") if found[key] is not None}
     log(folder, step, samples=f"--- step {step}\n{samples}")
-    keep_best(folder, model, tokenizer, progress, config.kl_coef * figures["val_kl"] - figures["val_reward"],
-              f"{info['stage'].upper()}, validation prompts", tuple(figures), info, **figures)
+    keep_best(folder, model, measure.tokenizer, progress, info,
+              config.kl_coef * figures["val_kl"] - figures["val_reward"], tuple(figures), **figures)
     print(samples, end="", file=sys.stderr)
     with gpt.replacing(folder / "samples.txt") as file:
         file.write("".join(row.get("samples", "") for row in read_log(folder)).encode())
@@ -823,8 +892,9 @@ def train_dpo(config):
     pad_id, device, context = tokenizer.eot_id, model.device, autocast(config, model.device)
     rows, val_rows = (encode_pairs(part, tokenizer, template, model.config.context_length) for part in parts[:2])
     prompts = encode_prompts(parts[2], tokenizer, template, model, config)
-    reward = load_reward(config.reward, device, required=False)
+    reward = load_reward(config, device, itertools.chain(*parts), required=False)
     reference = reference_of(model)  # a frozen copy, or with new adapters this model inside lora_disabled
+    measure = Measure(reference, reward, tokenizer, config)
     model.eval()  # dropout is off throughout, so that the loss starts at ln 2
     total = total_steps(config, math.ceil(len(rows) / config.batch_size))
     optimizers, progress, mark = make_optimizers(model, config), Progress(), run_mark(model, parts, config.init)
@@ -862,16 +932,24 @@ def train_dpo(config):
             if stopping:
                 stop_now(folder, progress, total, stop)
         stop.release()  # everything is saved: Ctrl-C may end what follows, and --resume does it again
-        return finish_policy(folder, "dpo", model, reference, prompts, reward, tokenizer, progress, config, mark)
+        return finish_policy(folder, model, prompts, measure, progress, mark, "dpo")
 
 
 def pair_loss(model, reference, ids, mask, R, config, forward=sequence_logprobs):
-    """Return (loss, metrics) of B Pairs as 2B rows; with --loss sft it is the loss of writing the chosen answers."""
+    """Return (loss, metrics) of B Pairs as 2B rows; --loss sft is that of writing the chosen answers. The rewards shown
+    are beta x log(policy / start), whatever the loss."""
     chosen, rejected = forward(model, ids, mask, R).chunk(2)
     with torch.no_grad(), reference() as start:
         ref_chosen, ref_rejected = sequence_logprobs(start, ids, mask, R).chunk(2)
+    lengths = mask[:, -R:].sum(1).chunk(2)
     if config.loss == "dpo":
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing)
+    elif config.loss == "ipo":
+        loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+    elif config.loss == "simpo":
+        loss = simpo_loss(chosen, rejected, *lengths, config.beta, config.beta / 2)
+    elif config.loss == "orpo":
+        loss = orpo_loss(chosen, rejected, *lengths, config.beta)
     else:
         loss = -chosen.mean()
     gained, lost = config.beta * (chosen - ref_chosen).detach(), config.beta * (rejected - ref_rejected).detach()
@@ -888,53 +966,55 @@ def evaluate_pairs(folder, model, reference, pairs, tokenizer, progress, config,
         loss, found = pair_loss(model, reference, *packed, config)
         found["loss"] = loss.item()
         sums.update({f"val_{key}": value * len(rows) / len(pairs) for key, value in found.items()})
-    keep_best(folder, model, tokenizer, progress, sums["val_loss"], config.loss.upper(),
-              ("loss", "val_loss", "val_rewards/accuracies", "val_rewards/margins"), info, **sums)
+    keep_best(folder, model, tokenizer, progress, info, sums["val_loss"],
+              ("loss", "val_loss", "val_rewards/accuracies", "val_rewards/margins"), **sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation on held-out prompts, rating by a person, the command line
 
 
-def rubric(score, prompts, responses):
-    """Return score(prompt, response) of each (N,), or None where the prompts are not tinyworld's."""
-    try:
-        return torch.tensor([float(score(prompt, response)) for prompt, response in zip(prompts, responses)])
-    except ValueError:
-        return None
-
-
 @torch.no_grad()
-def assess(model, reference, prompts, reward, tokenizer, config):
+def assess(model, prompts, measure, final=False):
     """Return what a model does on prompts, a dict: responses, and per prompt (N,) gold, reward, kl, exact and length.
-    They are sampled as in training, for every model from the same random numbers; `exact` alone is greedy."""
+    They are sampled as in training, for every model from the same random numbers; `exact` alone is greedy. In the end
+    of --reward exact there are also the share of 8 responses that is right, `sampled`, and whether any is, `pass@8`."""
+    reference, reward, tokenizer, config = measure
+    tries = 8 if final and config.reward == "exact" else 0
     policy, generator = Policy(model), torch.Generator(model.device).manual_seed(config.seed)
-    asked, texts, greedy, numbers = [row.text["prompt"] for row in prompts], [], [], []
+    texts, greedy, more, numbers = [], [], [], []
     for first in range(0, len(prompts), 128):
         ids = [row.prompt for row in prompts[first : first + 128]]
-        rollout, sampled = sample_responses(model, ids, tokenizer, config.response_length, config.temperature,
-                                            generator=generator)
+        rollout, sampled = sample_responses(model, ids, tokenizer, config, 1, generator)
         score_tokens(policy, reference, rollout, config)
         numbers.append(torch.stack([rollout.kl.sum(1), rollout.response_mask.sum(1)]).cpu())
         texts += sampled
-        greedy += sample_responses(model, ids, tokenizer, config.response_length, 0)[1]
-    exact = rubric(lambda prompt, response: exact_match(response, answer(prompt)), asked, greedy)
+        greedy += sample_responses(model, ids, tokenizer, config, greedy=True)[1]
+        more += sample_responses(model, ids, tokenizer, config, tries, generator)[1] if tries else []
+    pairs = [row.text for row in prompts]
     kl, length = torch.cat(numbers, dim=1)
-    return {"responses": texts, "gold": rubric(gold_score, asked, texts), "kl": kl, "exact": exact, "length": length,
-            "reward": call_reward(reward, asked, texts) if reward else None}
+    found = {"responses": texts, "gold": rubric(gold, pairs, texts), "kl": kl, "length": length,
+             "exact": rubric(right, pairs, greedy),
+             "reward": call_reward(reward, [pair["prompt"] for pair in pairs], texts) if reward else None}
+    if tries:
+        hits = rubric(right, [pair for pair in pairs for _ in range(tries)], more).view(-1, tries)
+        found.update({"sampled": hits.mean(1), "pass@8": hits.amax(1)})
+    return found
 
 
-def finish_policy(folder, stage, trained, reference, prompts, reward, tokenizer, progress, config, mark):
+def finish_policy(folder, trained, prompts, measure, progress, mark, stage):
     """Return the summary of a policy: its best weights beside its start, on test prompts."""
+    config, figures = measure.config, {}
     prompts = prompts[: config.test_prompts or None]
-    with reference() as start:
-        before = assess(start, reference, prompts, reward, tokenizer, config)
+    with measure.reference() as start:
+        before = assess(start, prompts, measure, final=True)
     best, _, _ = gpt.load_checkpoint(folder / "model.safetensors", pick_device(config.device))
-    after = assess(best, reference, prompts, reward, tokenizer, config)
-    rows, figures = print_table({"start": before, stage: after}), {}
-    for name, key in (("gold", "gold"), ("reward", "reward"), ("exact_match", "exact"), ("length", "length")):
-        for when, row in (("before", "start"), ("after", stage)):
-            figures[f"{name}_{when}"] = rows[row].get(key, [None])[0]
+    after = assess(best, prompts, measure, final=True)
+    rows = print_table({"start": before, stage: after})
+    for when, row in (("before", rows["start"]), ("after", rows[stage])):
+        for key in ("gold", "reward", "exact", "length", *(("sampled", "pass@8") if "sampled" in after else ())):
+            name = {"exact": "exact_match", "pass@8": "pass_at_8"}.get(key, key)
+            figures[f"{name}_{when}"] = row.get(key, [None])[0]
     seconds = [row[2] for row in progress.extra["recent"]]
     summary = write_summary(
         folder, config, stage, progress, trained, mark, **figures, kl=after["kl"].mean().item(),
@@ -948,17 +1028,19 @@ def finish_policy(folder, stage, trained, reference, prompts, reward, tokenizer,
 def print_table(found):
     """Return {name: {column: (mean, half of its 95% interval)}} of {name: what `assess` found} after printing it. A
     response wins over the one in the first line by gold score where there is one, else by reward."""
-    start, rows, columns = next(iter(found.values())), {}, ("gold", "reward", "kl", "exact", "length", "wins")
-    judge, width = "reward" if start["gold"] is None else "gold", max(map(len, found))
+    start = next(iter(found.values()))
+    by, width = "reward" if start["gold"] is None else "gold", max(map(len, found))
+    columns = [key for key in ("gold", "reward", "kl", "exact", "sampled", "pass@8", "length", "wins")
+               if key == "wins" or start.get(key) is not None]
     print(" " * width + "".join(f"{key:>17}" for key in columns))
+    rows = {name: {} for name in found}
     for name, one in found.items():
-        row = rows[name] = {}
-        wins = None if one is start or start[judge] is None else correct(one[judge] - start[judge])
-        for key, values in zip(columns, (*map(one.get, columns[:-1]), wins)):
-            if values is not None:  # of a single value there is no interval: null in the file
-                half = Z * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-                row[key] = (values.mean().item(), half)
-        cells = ("{:.3f} +-{:.3f}".format(*row[key]) if key in row else "" for key in columns)
+        if one is not start and start[by] is not None:
+            one = {**one, "wins": correct(one[by] - start[by])}
+        for key in (key for key in columns if key in one):  # of a single value there is no interval: null in the file
+            mean, n = one[key].mean().item(), len(one[key])
+            rows[name][key] = mean, Z * one[key].std().item() / math.sqrt(n) if n > 1 else math.nan
+        cells = ("{:.3f} +-{:.3f}".format(*rows[name][key]) if key in one else "" for key in columns)
         print(f"{name:{width}}" + "".join(f"{cell:>17}" for cell in cells))
     return rows
 
@@ -971,15 +1053,19 @@ def evaluate(config):
     model, tokenizer, template, parts = open_start(config, answers=False)
     policies = {path: load_policy(path, tokenizer, model.device, config) for path in config.checkpoint.split(",")}
     prompts = encode_prompts(parts[2], tokenizer, template, model, config)[: config.test_prompts or None]
-    reward, reference = load_reward(config.reward, model.device, required=False), reference_of(model)
-    found = {"start": assess(model, reference, prompts, reward, tokenizer, config)}
+    reward = load_reward(config, model.device, parts[2], required=False)
+    measure = Measure(reference_of(model), reward, tokenizer, config)
+    found = {"start": assess(model, prompts, measure, final=True)}
     for path, policy in policies.items():
         name = Path(path).parent.name or path
-        found[path if name in found else name] = assess(policy, reference, prompts, reward, tokenizer, config)
+        found[path if name in found else name] = assess(policy, prompts, measure, final=True)
     target = Path(next(iter(policies))).with_name("evaluation.json")
     samples = [{"prompt": row.text["prompt"], **{name: one["responses"][i] for name, one in found.items()}}
                for i, row in enumerate(prompts[:20])]
-    table = {"prompts": len(prompts), "rows": print_table(found), "samples": samples}
+    table = {"command": config.command, "prompts": len(prompts), "rows": print_table(found), "samples": samples}
+    if target.exists():  # perhaps of other policies
+        aside = next(name for n in itertools.count(1) if not (name := target.with_suffix(f".{n}.json")).exists())
+        print(f"the earlier {target} is kept as {target.rename(aside)}", file=sys.stderr)
     write_json(target, table)
     for name in list(found)[1:] if config.judge else ():
         compared = zip(prompts[: config.judge_examples], found[name]["responses"], found["start"]["responses"])
@@ -1027,8 +1113,7 @@ def rate(config):
         prompt, choice, answers = row.text["prompt"], "", []
         generator = torch.Generator(model.device).manual_seed(seeded(config.seed, prompt).initial_seed())
         for name, writer in writers:
-            _, (response,) = sample_responses(writer, [row.prompt], tokenizer, config.response_length,
-                                              config.temperature, generator=generator)
+            _, (response,) = sample_responses(writer, [row.prompt], tokenizer, config, 1, generator)
             answers.append((response, name))
         order = torch.randperm(2, generator=generator, device=model.device).tolist()
         (first, from_1), (second, from_2) = (answers[i] for i in order)
@@ -1054,28 +1139,29 @@ def run_all(config):
     root, given = Path(config.out_dir), COMMANDS["all"].flags.split()
     files = {"reward": str(root / "reward/model.safetensors"), "checkpoint": str(root / "ppo/model.safetensors")}
     for word in ("reward", "ppo", "evaluate"):
-        function, flags, _, defaults = COMMANDS[word]
-        values = {name: getattr(config, name) for name in flags.split() if name in given}
-        values |= {**defaults, **adjust(word, config), "out_dir": str(root / word), "command": config.command}
-        values |= {name: file for name, file in files.items() if name in flags.split()}
-        ends = [steps for steps in (config.max_steps, defaults.get("max_steps")) if steps]
-        function(Config(**{**values, "max_steps": min(ends, default=0)}))
+        stage = COMMANDS[word]
+        names = stage.flags.split()
+        values = {name: getattr(config, name) for name in names if name in given}
+        values |= {**stage.defaults, **adjust(word, config), "out_dir": str(root / word), "command": config.command}
+        values |= {name: file for name, file in files.items() if name in names}
+        ends = [steps for steps in (config.max_steps, stage.defaults.get("max_steps")) if steps]
+        stage.function(Config(**{**values, "max_steps": min(ends, default=0)}))
 
 
 RATES = {"reward": (3e-3, 1e-5), "ppo": (3e-4, 3e-6), "dpo": (1e-4, 1e-6), "grpo": (3e-4, 1e-6)}  # small, large model
 
 
 def adjust(word, config):
-    """Return the defaults that depend on other flags: rate and optimizer, by the size of --init and with adapters."""
+    """Return the defaults that depend on other flags: rate, optimizer, beta (SimPO's reward is a mean)."""
     large = is_large(config.init)
     muon = word == "reward" and not large and not config.lora_rank
     rate = RATES.get(word, (0.0, 0.0))[large] * (10 if config.lora_rank else 1)
-    return {"learning_rate": rate, "optimizer": "muon" if muon else "adamw"}
+    return dict(learning_rate=rate, optimizer="muon" if muon else "adamw", beta=2.0 if config.loss == "simpo" else 0.1)
 
 
 TRAINED = f"{TRAINING} lora_rank lora_alpha lora_dropout lora_targets split_seed response_length temperature"
 POLICY = (f"{TRAINED} reward no_stop_penalty kl_coef kl_target kl_horizon max_approxkl ptx_coef ppo_epochs minibatches "
-          "clip_range group eval_prompts test_prompts")
+          "clip_range clip_high group eval_prompts test_prompts")
 SEEN = "data init split_seed response_length temperature seed device debug checkpoint"
 JUDGE = "test_prompts judge judge_model judge_examples"
 COMMANDS = {
@@ -1083,13 +1169,13 @@ COMMANDS = {
                    "debug lora_rank lora_alpha lora_dropout lora_targets split_seed response_length temperature head "
                    f"kl_coef ptx_coef eval_prompts {JUDGE}", defaults=dict(out_dir="out")),
     "reward": Command(train_reward, f"{TRAINED} head eval_prompts", defaults=dict(
-        out_dir="out/reward", epochs=1, batch_size=32, eval_every=125, learning_rate=3e-3, optimizer="muon")),
-    "ppo": Command(train_policy, f"{POLICY} clip_range_value vf_coef gamma lam whiten_rewards", defaults=dict(
-        out_dir="out/ppo", max_steps=160, eval_every=40, learning_rate=3e-4)),
+        out_dir="out/reward", epochs=1, batch_size=32, eval_every=125)),
+    "ppo": Command(train_policy, f"{POLICY} vf_coef lam", defaults=dict(
+        out_dir="out/ppo", max_steps=160, eval_every=40)),
     "dpo": Command(train_dpo, f"{TRAINED} loss beta label_smoothing reward test_prompts", defaults=dict(
-        out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100, learning_rate=1e-4)),
-    "grpo": Command(train_grpo, POLICY, defaults=dict(
-        out_dir="out/grpo", max_steps=100, eval_every=20, group=8, learning_rate=3e-4)),
+        out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100)),
+    "grpo": Command(train_policy, f"{POLICY} advantage", defaults=dict(
+        out_dir="out/grpo", max_steps=100, eval_every=20, group=8, advantage="group")),
     "rate": Command(rate, f"{SEEN} ratings"),
     "evaluate": Command(evaluate, f"{SEEN} reward {JUDGE}", defaults=dict(checkpoint="out/ppo/model.safetensors")),
 }

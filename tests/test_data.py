@@ -902,6 +902,26 @@ def test_a_human_turn_at_the_end_of_a_transcript_is_no_part_of_the_answer():
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Human: Capital?", "Paris.", "Rome.")
 
 
+def test_pairs_of_messages_are_read_in_every_usual_form():
+    """The question among the messages, apart as messages or as text; more turns become a transcript; `output` stays."""
+    user, yes, no = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("assistant", "No")))
+    plain = {"prompt": "Why?", "chosen": "So.", "rejected": "No"}
+    for entry in ({"chosen": [user, yes], "rejected": [user, no]}, {"prompt": [user], "chosen": [yes], "rejected": [no]},
+                  {"prompt": "Why?", "chosen": [user, yes], "rejected": [user, no]},
+                  {"prompt": "Why?", "chosen": [yes], "rejected": [no]}):
+        assert data.preference(entry) == data.preference(plain), entry
+    longer = data.preference({"chosen": [user, no, user, yes], "rejected": [user, no, user, no]})
+    assert longer["prompt"] == "Human: Why?\n\nAssistant: No\n\nHuman: Why?" and longer["chosen"] == "So."
+    talk = "\n\nHuman: Why?\n\nAssistant: No\n\nHuman: Why?\n\nAssistant: "  # HH-RLHF's own form of the same
+    assert data.preference({"chosen": talk + "So.", "rejected": talk + "No"}) == longer
+    assert data.preference({"chosen": [user, yes], "rejected": [{**user, "content": "Who?"}, no]}) is None
+    assert data.preference({**plain, "output": "So."})["output"] == "So."
+    for wrong, said in (([user], "must ask something and end"), ([yes], "assistant speaks first"), (["Why?"], "an object"), ([], "must ask"),
+                        ([user, {"role": "assistant"}], "'content' is missing"), ("So.", "needs 'prompt'")):
+        with pytest.raises(ValueError, match=said):
+            data.preference({"chosen": wrong, "rejected": [user, no]}, "a.json[0]")
+
+
 def test_empty_chosen_answers_are_left_out_and_counted(tmp_path, capsys):
     """They would train silence; an empty rejected answer is a fair comparison."""
     pairs = [{"prompt": "a", "chosen": chosen, "rejected": rejected} for chosen, rejected in (("b", ""), (" ", "c"))]

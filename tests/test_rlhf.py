@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_gae_at_its_ends_is_reward_to_go_and_one_step_td():
 
 
 def test_whitening_counts_only_what_the_mask_shows():
-    """Mean 0 and variance 1 over masked entries, 0 elsewhere; the mean can stay; hidden values change nothing."""
+    """Mean 0 and variance 1 over masked entries, 0 elsewhere; hidden values change nothing."""
     torch.manual_seed(0)
     x, mask = torch.randn(5, 6) * 3 + 2, prefix_mask(6, 1, 3, 4, 2)
     white = rlhf.whiten(x, mask)
@@ -103,9 +104,6 @@ def test_whitening_counts_only_what_the_mask_shows():
     assert kept.mean().item() == pytest.approx(0, abs=1e-6) and kept.var(unbiased=False).item() == pytest.approx(1, abs=1e-5)
     assert white[~mask.bool()].abs().max() == 0
     assert torch.equal(rlhf.whiten(x.masked_fill(mask == 0, 1e6), mask), white)
-    raised = rlhf.whiten(x, mask, shift_mean=False)[mask.bool()]
-    assert raised.mean().item() == pytest.approx(x[mask.bool()].mean().item(), abs=1e-5)
-    assert raised.var(unbiased=False).item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("advantage, ratio, loss, slope", [
@@ -123,6 +121,16 @@ def test_the_policy_loss_clips_where_it_should(advantage, ratio, loss, slope):
     assert got.item() == pytest.approx(loss, abs=1e-6)
     assert new.grad.item() == pytest.approx(slope * ratio, abs=1e-5)  # d ratio / d new = ratio
     assert metrics["policy/clipfrac"] == 1 and metrics["policy/approxkl"] == pytest.approx(0.5 * math.log(ratio) ** 2)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", [(1.25, 2.0, -2.5, -2.0), (1.35, 2.0, -2.56, 0.0),
+                                                          (0.75, -2.0, 1.6, 0.0), (0.85, -2.0, 1.7, 2.0)])
+def test_a_higher_upper_clip_moves_that_bound_alone(ratio, advantage, loss, slope):
+    """With 0.2 below and 0.28 above a good token may rise by 28%, and a bad one falls by 20% as before."""
+    new = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    got, _ = rlhf.ppo_policy_loss(new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), 0.2, 0.28)
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-6) and new.grad.item() == pytest.approx(slope * ratio, abs=1e-5)
 
 
 def test_the_value_loss_takes_the_larger_error():
@@ -179,6 +187,116 @@ def test_dpo_with_smoothing_is_the_mean_over_both_labels():
     assert rlhf.dpo_loss(*a).item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * (0.5 + 0.2)))))
 
 
+LENGTHS = torch.tensor([4.0, 2.0]), torch.tensor([5.0, 8.0])  # tokens of the chosen and of the rejected answers
+
+
+def test_ipo_draws_the_margin_to_half_the_inverse_of_beta():
+    """By hand: margins of 1 and -2 nats, target 2.5 nats: (1.5^2 + 4.5^2) / 2; at the reference 1 / (4 beta^2), with a
+    gradient of -1 / (beta B) on each chosen one; no gradient at the target, and back towards it beyond."""
+    chosen = torch.tensor([-3.0, -5.0], requires_grad=True)
+    rejected, ref = torch.tensor([-4.0, -1.0], requires_grad=True), (torch.tensor([-3.0, -4.0]), torch.tensor([-3.0, -2.0]))
+    assert rlhf.ipo_loss(chosen, rejected, *ref, beta=0.2).item() == pytest.approx((1.5**2 + 4.5**2) / 2)
+    loss = rlhf.ipo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(1 / (4 * 0.2**2))
+    assert chosen.grad.tolist() == pytest.approx([-2.5] * 2) and rejected.grad.tolist() == pytest.approx([2.5] * 2)
+    for margin, slope in ((2.5, 0.0), (3.5, 2.0)):
+        x = torch.tensor([margin], requires_grad=True)
+        rlhf.ipo_loss(x, *torch.zeros(3, 1), beta=0.2).backward()
+        assert x.grad.item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_ipo_ends_where_its_paper_says_on_a_bandit():
+    """Two arms, the first preferred with probability p: at the optimum the log-ratio's margin is (2 p - 1) / (2 beta)
+    nats, where DPO's grows without limit as p comes near 1."""
+    for share in (1.0, 0.75):
+        margin = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([margin], lr=0.2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            first, second = (rlhf.ipo_loss(sign * margin, *torch.zeros(3, 1), beta=0.2) for sign in (1, -1))
+            (share * first + (1 - share) * second).backward()
+            optimizer.step()
+        assert margin.item() == pytest.approx((2 * share - 1) / 0.4, abs=1e-4)
+
+
+def test_simpo_compares_means_per_token_against_a_margin():
+    """By hand: means of -1 and -0.8, and of -2 and -0.125 nats, beta 2, gamma 0.5; a mean does not see the length."""
+    chosen, rejected = torch.tensor([-4.0, -4.0], requires_grad=True), torch.tensor([-4.0, -1.0], requires_grad=True)
+    loss = rlhf.simpo_loss(chosen, rejected, *LENGTHS, beta=2.0, gamma=0.5)
+    x = [2 * (-1 + 0.8) - 0.5, 2 * (-2 + 0.125) - 0.5]
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-v)) for v in x) / 2)
+    loss.backward()
+    slopes = [-1 / (1 + math.exp(v)) for v in x]  # of -log sigmoid
+    assert chosen.grad.tolist() == pytest.approx([slopes[0] * 2 / 4 / 2, slopes[1] * 2 / 2 / 2])
+    assert rejected.grad.tolist() == pytest.approx([-slopes[0] * 2 / 5 / 2, -slopes[1] * 2 / 8 / 2])
+    doubled = rlhf.simpo_loss(2 * chosen, rejected, 2 * LENGTHS[0], LENGTHS[1], beta=2.0, gamma=0.5)
+    assert doubled.item() == pytest.approx(loss.item())
+
+
+def test_orpo_writes_the_chosen_answer_and_widens_the_odds():
+    """By hand from probabilities per token p = 1/2 and 1/4: odds 1 and 1/3. Equal answers cost nats + beta ln 2."""
+    chosen, rejected = torch.tensor([4 * math.log(0.5)], requires_grad=True), torch.tensor([2 * math.log(0.25)])
+    four, two = torch.tensor([4.0]), torch.tensor([2.0])
+    loss = rlhf.orpo_loss(chosen, rejected, four, two, beta=0.3)
+    assert loss.item() == pytest.approx(math.log(2) + 0.3 * math.log(1 + 1 / 3))  # sigmoid(ln 3) = 3/4
+    loss.backward()
+    slope = -1 - 0.3 * (1 - 3 / 4) / (1 - 0.5)  # d log odds / d log p = 1 / (1 - p), of a mean over four tokens
+    assert chosen.grad.item() == pytest.approx(slope / 4)
+    same = rlhf.orpo_loss(chosen, chosen, four, four, beta=0.3)
+    assert same.item() == pytest.approx(math.log(2) + 0.3 * math.log(2))
+    certain = torch.zeros(1, requires_grad=True)  # an answer that is certain has infinite odds
+    loss = rlhf.orpo_loss(certain, rejected, four, two)
+    loss.backward()
+    assert math.isfinite(loss.item()) and certain.grad.isfinite().all()
+
+
+@pytest.mark.peer
+def test_the_losses_and_advantages_are_trls():
+    """TRL 1.12: ORPO's odds ratio, SimPO and IPO in CPOTrainer, whose log-probabilities are means per token there."""
+    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
+    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 30, (2, 16)).float()
+    chosen, rejected, ref_chosen, ref_rejected = -torch.rand(4, 16) * 3 * lengths[[0, 1, 0, 1]]
+    means = chosen / lengths[0], rejected / lengths[1]
+    self = mock.Mock(beta=0.4, alpha=0.0, simpo_gamma=0.7, label_smoothing=0.0, loss_type="simpo")
+    self.accelerator.device = "cpu"
+    theirs = cpo.cpo_loss(self, *means)[0].mean().item()
+    assert rlhf.simpo_loss(chosen, rejected, *lengths, 0.4, 0.7).item() == pytest.approx(theirs, rel=1e-5)
+    theirs = -orpo.odds_ratio_loss(self, *means)[0].mean().item() - means[0].mean().item()
+    assert rlhf.orpo_loss(chosen, rejected, *lengths, 0.4).item() == pytest.approx(theirs, rel=1e-5)
+    self.loss_type = "ipo"
+    ratios = (chosen - ref_chosen) / lengths[0], (rejected - ref_rejected) / lengths[1]
+    theirs = cpo.cpo_loss(self, *ratios)[0].mean().item()
+    assert rlhf.ipo_loss(*ratios, *torch.zeros(2, 16), beta=0.4).item() == pytest.approx(theirs, rel=1e-5)
+
+
+def test_dpo_trains_by_every_loss(folder):
+    """The first training loss is that of the start: ln 2, 1 / (4 beta^2), and those of SimPO, ORPO and SFT from the
+    start's own log-probabilities; each falls, and margins grow; --beta is 2 for SimPO alone."""
+    model, tokenizer, _ = gpt.load_checkpoint("start.safetensors")
+    rows = rlhf.encode_pairs(rlhf.load_pairs(Config(data="pairs.json"))[0], tokenizer, "plain", 48)
+
+    def said(prompt, answer):
+        with torch.no_grad():
+            return gpt.token_logprobs(model(torch.tensor([prompt + answer])), torch.tensor([prompt + answer]))[0, -len(answer):]
+
+    pairs = [(said(row.prompt, row.chosen), said(row.prompt, row.rejected)) for row in rows]
+    log_odds = lambda x: x - math.log1p(-math.exp(x))  # noqa: E731
+    minus_log_sigmoid = lambda x: math.log1p(math.exp(-x))  # noqa: E731
+    gaps = [(a.mean().item(), b.mean().item()) for a, b in pairs]
+    first = {"dpo": math.log(2), "ipo": 1 / (4 * 0.1**2), "sft": -sum(a.sum().item() for a, _ in pairs) / len(pairs),
+             "simpo": sum(minus_log_sigmoid(2 * (a - b) - 1) for a, b in gaps) / len(gaps),
+             "orpo": sum(-a + 0.1 * minus_log_sigmoid(log_odds(a) - log_odds(b)) for a, b in gaps) / len(gaps)}
+    for loss in rlhf.LOSSES:
+        summary = run("dpo", "--loss", loss, "--epochs", 12, "--learning_rate", 3e-3, "--batch_size", len(rows), "--fresh")
+        losses = [row["loss"] for row in logged("dpo") if "loss" in row]
+        assert losses[0] == pytest.approx(first[loss], rel=1e-4) and losses[-1] < losses[0], loss
+        assert [row["val_rewards/margins"] for row in logged("dpo") if "val_loss" in row][-1] > 0, loss
+        assert summary["config"]["beta"] == (2.0 if loss == "simpo" else 0.1)
+
+
 def test_group_advantages_sum_to_zero_and_ignore_equal_groups():
     """Zero sum and unit deviation in each group, zeros where all scores are equal, and the order within does not matter."""
     scores = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 5.0, 5.0, 5.0])
@@ -203,11 +321,20 @@ def test_group_advantages_and_the_dpo_loss_are_trls():
     assert got.item() == pytest.approx(expected.mean().item(), abs=3e-7)
 
 
+def test_three_kinds_of_advantages_by_hand():
+    """Scores 1, 0, 0, 3 in one group, all 5 in the other: divided by the deviation (sqrt 2), not divided, leave-one-out."""
+    scores = torch.tensor([1.0, 0.0, 0.0, 3.0, 5.0, 5.0, 5.0, 5.0])
+    by_hand = {"group": [0, -1 / math.sqrt(2), -1 / math.sqrt(2), 2 / math.sqrt(2)], "group-mean": [0, -1, -1, 2],
+               "rloo": [1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3]}
+    for kind, expected in by_hand.items():
+        assert rlhf.group_advantages(scores, 4, kind).tolist() == pytest.approx([*expected, 0, 0, 0, 0], abs=2e-4), kind
+
+
 @pytest.mark.parametrize("value", [98765.4, 0.1, -3e7, 0.0])
 def test_equal_scores_have_advantages_of_exactly_zero(value):
     """Whatever their size: rounding of a mean must not become an advantage, neither in GRPO nor in whitening."""
-    for n in (4, 7, 8, 64):
-        assert rlhf.group_advantages(torch.full((n,), value), n).tolist() == [0] * n
+    for n, kind in itertools.product((4, 7, 8, 64), ("group", "group-mean", "rloo")):
+        assert rlhf.group_advantages(torch.full((n,), value), n, kind).tolist() == [0] * n
         assert rlhf.whiten(torch.full((n, 1), value), torch.ones(n, 1)).abs().max() == 0
     near = torch.tensor([98765.4, 98765.5, 98765.6, 98765.7])
     assert rlhf.group_advantages(near, 4).tolist() == pytest.approx([-1.16, -0.39, 0.39, 1.16], abs=0.05)
@@ -244,11 +371,12 @@ def start_of(model, texts, chosen=""):
 
 def learn(model, texts, reward, folder, stage="ppo", seed=0, chosen="", **given):
     """Train a toy in place by rlhf.train_policy, as from the command line, and return the rows of its log."""
-    config = options(out_dir=str(folder), fresh=True, seed=seed, eval_prompts=2, test_prompts=2, **given)
+    advantage = given.pop("advantage", {"ppo": "gae", "grpo": "group"}[stage])
+    config = options(out_dir=str(folder), fresh=True, seed=seed, eval_prompts=2, test_prompts=2, advantage=advantage, **given)
     torch.manual_seed(seed)
     with mock.patch.object(rlhf, "open_start", lambda *args, **named: start_of(model, texts, chosen)), \
             mock.patch.object(rlhf, "load_reward", lambda *args: reward):
-        rlhf.train_policy(config, stage)
+        rlhf.train_policy(config)
     return train.read_log(folder)
 
 
@@ -278,8 +406,8 @@ def rollout_of(model, texts=("ab", "c", "abcab", "ba"), seed=0, config=None, num
     """Return (rollout, texts) of some prompts, sampled from seeded random numbers and scored by policy and reference."""
     torch.manual_seed(seed)
     tokenizer, config = Letters(model.config.vocab_size), config or options(response_length=6)
-    rollout, responses = rlhf.sample_responses(model, [tokenizer.encode(text) for text in texts], tokenizer,
-                                               config.response_length, config.temperature, num_samples)
+    rollout, responses = rlhf.sample_responses(model, [tokenizer.encode(text) for text in texts], tokenizer, config,
+                                               num_samples)
     rlhf.score_tokens(Policy(model), rlhf.reference_of(model), rollout, config)
     return rollout, responses
 
@@ -482,14 +610,13 @@ SMALL = dict(emb_dim=16, n_layers=1, context_length=8)
 LEARNING = dict(batch_size=256, group=256, learning_rate=1e-2, weight_decay=0.0)  # all responses to one prompt
 
 
-@pytest.mark.parametrize("beta, whitened", [(0.5, False), (0.25, True)])
-def test_ppo_finds_the_optimum_of_a_bandit(beta, whitened, tmp_path):
-    """One token of 8: PPO ends within 0.005 nats of pi_ref exp(r / beta), with and without whitened rewards."""
+@pytest.mark.parametrize("beta", [0.5, 0.25])
+def test_ppo_finds_the_optimum_of_a_bandit(beta, tmp_path):
+    """One token of 8: PPO ends within 0.005 nats of pi_ref exp(r / beta)."""
     model = toy(8, sharp=10, **SMALL)
     best, _, rewards = optimum(model, [0], 8, 1, letter_values, beta)
     assert distance(model, [0], 8, 1, best) > 0.7
-    learn(model, ["a"], letter_values, tmp_path, max_steps=60, response_length=1, kl_coef=beta, whiten_rewards=whitened,
-          ppo_epochs=2, **LEARNING)
+    learn(model, ["a"], letter_values, tmp_path, max_steps=60, response_length=1, kl_coef=beta, ppo_epochs=2, **LEARNING)
     assert distance(model, [0], 8, 1, best) < 0.005
     reached = (distribution(model, [0], 8, 1)[1].exp() * rewards).sum().item()
     assert reached == pytest.approx((best.exp() * rewards).sum().item(), abs=0.02)
@@ -674,6 +801,44 @@ def test_a_group_of_equal_rewards_teaches_nothing(tmp_path):
                                            batch_size=4, group=4, kl_coef=0.0)
     assert len(rollout.ids) == 4 and "loss/value" not in row
     assert max(gradient.abs().max().item() for gradient in gradients) == 0.0
+
+
+def mixed(prompts, responses):
+    """Return equal scores for the responses to "ab", unequal ones for those to other prompts."""
+    return [1.0 if prompt == "ab" else len(text) + 0.1 * ord((text or "a")[0]) for prompt, text in zip(prompts, responses)]
+
+
+@pytest.mark.parametrize("advantage", ["group", "group-mean", "rloo"])
+def test_groups_of_equal_rewards_are_left_out_and_counted(advantage, tmp_path):
+    """The gradient is that of the other group alone, its KL too: by hand -A grad logp per token, plus the k2 term where
+    the KL is part of the loss. (TRL keeps the KL of such groups, see its pull requests 5640 and 7068.)"""
+    model = toy(sharp=10).double()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = toy(sharp=10, seed=5).double()  # another reference, so that there is a KL
+    with mock.patch.object(rlhf, "reference_of", lambda model: lambda: rlhf.contextlib.nullcontext(other)):
+        gradients, rollout, row = first_update(model, tmp_path, ["ab", "c"], mixed, stage="grpo", batch_size=8, group=4,
+                                               kl_coef=0.3, advantage=advantage)
+    assert row["val/equal_groups"] == 1 and row["val/ratio"] == pytest.approx(1)
+    model.load_state_dict(start)
+    model.zero_grad()
+    asked = [i for i in range(8) if len(set(rollout.scores[i // 4 * 4 : i // 4 * 4 + 4].tolist())) > 1]
+    scores, loss, tokens = rollout.scores[asked], 0.0, rollout.response_mask[asked].sum()
+    if advantage == "rloo":
+        scores = scores - 0.3 * (rollout.logprobs - rollout.ref_logprobs)[asked].sum(1)
+    for number, i in enumerate(asked):
+        others = [scores[j] for j in range(4) if j != number]
+        weight = scores[number] - (sum(others) / 3 if advantage == "rloo" else scores.mean())
+        weight = weight / (scores.std() + 1e-4) if advantage == "group" else weight
+        P = rollout.ids.shape[1] - rollout.response_mask.shape[1]
+        n, prompt = int(rollout.response_mask[i].sum()), rollout.ids[i, :P][rollout.mask[i, :P] > 0]
+        ids = torch.cat([prompt, rollout.ids[i, P : P + n]])[None]
+        new = torch.log_softmax(model(ids), -1)[0, :-1].gather(1, ids[0, 1:, None])[-n:, 0]
+        loss = loss - (weight * new).sum()
+        if advantage != "rloo":
+            loss = loss + 0.3 * 0.5 * ((new - rollout.ref_logprobs[i, :n]) ** 2).sum()
+    (loss / tokens).backward()
+    for ours, parameter in zip(gradients, model.parameters()):
+        assert torch.allclose(ours, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(tmp_path):
@@ -1003,6 +1168,116 @@ def test_ppo_and_grpo_take_prompts_without_answers(folder):
     assert any("loss/ptx" in row for row in logged("ppo"))  # the control: pairs have answers
 
 
+FILLERS = ["".join(letters) for letters in itertools.product("klmnpqrs", "eiou", "tvwz")]
+
+
+@pytest.fixture
+def questions(folder):
+    """Return 96 questions, all of which "a" answers, in a file, and leave a start that says "a" or "b" by a coin."""
+    rows = [{"instruction": word, "output": "a"} for word in FILLERS[:96]]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model, tokenizer, _ = gpt.load_checkpoint("start.safetensors")
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-2), random.Random(0)
+    for _ in range(30):
+        some = [rlhf.encode_pair({**row, "chosen": rng.choice("ab"), "rejected": ""}, tokenizer, "plain")
+                for row in rng.sample(rows, 16)]
+        optimizer.zero_grad()
+        packed = rlhf.pack([row.prompt for row in some], [row.chosen for row in some], 0)
+        (-rlhf.sequence_logprobs(model, *packed).mean()).backward()
+        optimizer.step()
+    gpt.save_checkpoint("coin.safetensors", model, tokenizer, template="plain")
+    return rows
+
+
+EXACT = ("--data", "questions.jsonl", "--reward", "exact", "--temperature", 1.0, "--response_length", 4, "--test_prompts", 0)
+
+
+def test_a_reward_for_right_answers_alone_teaches_them(questions, capsys):
+    """Without `chosen` no answer is ever shown, so there is no ptx loss; greedy, sampled accuracy and pass@8 of both."""
+    summary = run("grpo", *EXACT, "--init", "coin.safetensors", "--max_steps", 24, "--learning_rate", 1e-2, "--batch_size", 64,
+                  "--group", 8, "--kl_coef", 0.01, "--eval_every", 12)
+    assert 0.3 < summary["sampled_before"] < 0.7 and summary["pass_at_8_before"] > 0.9
+    assert summary["sampled_after"] > 0.9 and summary["exact_match_after"] == summary["pass_at_8_after"] == 1
+    assert not any("loss/ptx" in row for row in logged("grpo"))
+    counts = [row["val/equal_groups"] for row in logged("grpo") if "val/equal_groups" in row]
+    assert counts[0] < 4 and counts[-1] > 4  # of 8: what is always right teaches nothing more
+    capsys.readouterr()
+    run("evaluate", *EXACT, "--init", "coin.safetensors", "--checkpoint", "out/grpo/model.safetensors")
+    assert "pass@8" in capsys.readouterr().out.splitlines()[0]
+    rows = json.loads(Path("out/grpo/evaluation.json").read_text(encoding="utf-8"))["rows"]
+    assert set(rows["start"]) == {"reward", "kl", "exact", "sampled", "pass@8", "length"}
+    assert rows["grpo"]["sampled"][0] == pytest.approx(summary["sampled_after"])
+
+
+def test_sampled_accuracy_and_pass_at_8_are_those_of_counted_samples(questions):
+    """Of each prompt's 8 responses, drawn here one prompt at a time: their mean and maximum agree within chance."""
+    model, tokenizer, _ = gpt.load_checkpoint("coin.safetensors")
+    config = Config(data="questions.jsonl", reward="exact", temperature=1.0, response_length=4)
+    rows = rlhf.encode_prompts(rlhf.load_pairs(config, answers=False)[0][:60], tokenizer, "plain", model, config)
+    measure = rlhf.Measure(rlhf.reference_of(model), None, tokenizer, config)
+    found = rlhf.assess(model, rows, measure, final=True)
+    torch.manual_seed(0)
+    hits = torch.tensor([[float(text == row.text["output"]) for text in
+                          rlhf.sample_responses(model, [row.prompt], tokenizer, config, 8)[1]] for row in rows])
+    assert abs(hits.mean() - found["sampled"].mean()) < 4 * math.sqrt(2 * 0.25 / hits.numel())
+    assert abs(hits.amax(1).mean() - found["pass@8"].mean()) < 0.1
+    assert set(found["pass@8"].tolist()) <= {0.0, 1.0} and (found["pass@8"] >= found["sampled"]).all()
+    assert "sampled" not in rlhf.assess(model, rows[:2], measure)
+
+
+def test_a_reward_for_right_answers_that_nobody_earns_is_refused(questions, capsys):
+    """None right at the start, or all right, or no right answers known: one line, and nothing stays."""
+    rows = [{"instruction": row["instruction"], "output": "cat"} for row in questions]
+    Path("hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for flags, said in ((("--data", "hard.jsonl"), "all 4 rewards are 0 before the first step"),
+                        (("--data", "pairs.json"), "`output` in each entry of --data pairs.json")):
+        run("grpo", *EXACT, "--init", "coin.safetensors", *flags, "--group", 8, status=1)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1 and said in lines[0], lines
+    assert not Path("out/grpo").exists()
+
+
+def test_an_earlier_evaluation_is_kept(folder, capsys):
+    """evaluation.json always holds the last table; what stood there before gets a number."""
+    run("ppo", "--reward", "mine:length", "--max_steps", 1)
+    files = [Path(f"out/ppo/evaluation{number}.json") for number in ("", ".1", ".2")]
+    tables = []
+    for prompts in (2, 3, 4):
+        run("evaluate", "--reward", "mine:length", "--test_prompts", prompts)
+        tables.append(files[0].read_bytes())
+    assert [file.read_bytes() for file in files] == [tables[2], tables[0], tables[1]]
+    assert "kept as out/ppo/evaluation.2.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("advantage", ["group", "group-mean", "rloo"])
+def test_one_prompt_whose_responses_all_earn_the_same_stays_as_it_is(advantage, tmp_path):
+    """Public reports of NaN, or of drift by the KL alone, in TRL (3857, 5640): all groups are equal, and nothing moves."""
+    model = toy(sharp=10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = learn(model, ["ab"], lambda prompts, responses: [1.0] * len(responses), tmp_path, "grpo", max_steps=3,
+                 batch_size=4, group=4, response_length=4, advantage=advantage, eval_every=1)
+    figures = [row for row in rows if "val/ratio" in row]
+    assert all(math.isfinite(value) for row in figures for value in row.values())
+    assert [row["val/equal_groups"] for row in figures] == [1, 1, 1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_responses_that_are_all_cut_leave_finite_figures(folder):
+    """A public report of NaN where no completion ends (TRL 3248, 5826): one token of room, so that none can end itself."""
+    (folder / "mine.py").write_text("def letter(prompts, responses):\n    return [float(ord((r or 'a')[0])) for r in responses]\n")
+    for command, flags in (("ppo", ()), ("grpo", ("--group", 4))):
+        run(command, "--reward", "mine:letter", "--response_length", 1, "--max_steps", 2, *flags)
+        rows = [row for row in logged(command) if "val/ratio" in row]
+        assert all(math.isfinite(value) for row in rows for value in row.values()) and rows[0]["val/stopped"] < 0.5
+
+
+def test_the_kl_coefficient_of_a_run_stays_above_zero(folder):
+    """--kl_horizon shorter than a batch: the coefficient falls by at most 20% a step."""
+    run("ppo", "--reward", "mine:length", "--max_steps", 3, "--kl_target", 6, "--kl_horizon", 1, "--ptx_coef", 0)
+    found = [row["objective/kl_coef"] for row in logged("ppo") if "objective/kl_coef" in row]
+    assert found == pytest.approx([0.2, 0.16, 0.128])
+
+
 def test_a_sparse_reward_may_begin_at_zero(folder, capsys):
     """0 for all responses of the start is a warning; another constant is an error, see the mistakes below."""
     (folder / "mine.py").write_text("def rare(prompts, responses):\n    return [float('zzzz' in r) for r in responses]\n")
@@ -1088,6 +1363,33 @@ def test_the_table_is_written_before_the_judge_is_asked(folder, monkeypatch, cap
     table = json.loads(Path("out/ppo/evaluation.json").read_text(encoding="utf-8"))
     assert table["rows"]["ppo"]["judge"][0] == 0.75 and "judge" not in table["rows"]["start"]
     assert len(asked) == 2 and asked[0][0].startswith("say ") and asked[0][1].endswith("please")
+
+
+# --- the table of methods
+
+
+@pytest.mark.slow
+def test_the_table_of_methods_at_toy_size(folder, monkeypatch, capsys):
+    """Every cell is made once; the table stands between its markers, the rest of the file stays; the drawing is XML."""
+    import methods
+
+    Path("results.md").write_text("# Results\n\n<!-- methods -->\nold\n<!-- /methods -->\n\nThe end.\n", encoding="utf-8")
+    argv = ("--init start.safetensors --data pairs.json --results results.md --figure m.svg --seeds 1 --steps 1 "
+            "--test_prompts 6 --response_length 8").split()
+    methods.main(argv)
+    text, names = Path("results.md").read_text(encoding="utf-8"), ["start", "best of 4", *methods.METHODS]
+    assert text.startswith("# Results\n\n<!-- methods -->\n| method | reward | KL, nats |") and text.endswith("-->\n\nThe end.\n")
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == names and "old" not in text
+    found = {row[0]: dict(zip(rows[0], row)) for row in rows[1:]}
+    assert float(found["start"]["KL, nats"]) == 0 and float(found["start"]["win rate"]) == 0.5
+    assert float(found["best of 4"]["reward"]) > float(found["start"]["reward"])
+    circles = [element for element in ElementTree.parse("m.svg").iter() if element.tag.endswith("circle")]
+    assert len(circles) == 3 * len(names)  # of a seed, of the mean, in the legend
+    trained = mock.Mock(side_effect=AssertionError("a cell was run twice"))
+    monkeypatch.setattr(methods, "run", trained)
+    methods.main(argv)
+    assert Path("results.md").read_text(encoding="utf-8") == text
 
 
 # --- rating
@@ -1216,7 +1518,7 @@ def test_the_default_rate_depends_on_the_size_of_the_start_and_on_adapters(size,
     with open(path, "wb") as file:
         file.truncate(int(size))
     found = rlhf.adjust("reward", Config(init=str(path), lora_rank=rank))
-    assert found == {"learning_rate": pytest.approx(rate), "optimizer": optimizer}
+    assert found == {"learning_rate": pytest.approx(rate), "optimizer": optimizer, "beta": 0.1}
     assert rlhf.adjust("ppo", Config(init="gpt2"))["learning_rate"] == 3e-6
 
 
