@@ -5,6 +5,7 @@
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond --prompt "What is the plural of fox?"
     python finetune_sft.py chat                talk to it; /help lists what else it takes
+    python finetune_sft.py serve               a page and OpenAI's API at http://127.0.0.1:8000
     python finetune_sft.py evaluate            scores on the test set, also of the model before tuning
     python finetune_sft.py evaluate --judge ollama --judge_model llama3      and grades by a larger model
     torchrun --standalone --nproc_per_node=2 finetune_sft.py                 in two processes, see train.py
@@ -20,14 +21,21 @@ Sources: Taori et al. 2023 (Alpaca); Zheng et al. 2023, "Judging LLM-as-a-Judge"
 """
 
 import argparse
+import contextlib
 import hashlib
+import http.server
+import io
 import itertools
 import json
 import math
 import os
 import re
+import select
+import socket
+import socketserver
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -35,8 +43,8 @@ from pathlib import Path
 
 import gpt  # first, because it filters torch's warning about numpy
 import torch
-from data import (TEMPLATES, collate, exact_match, format_messages, last_turn, messages_of, order_by_length, pad_left,
-                  prompt_of, read_conversations, seeded, split, strip_manner, tinyworld)
+from data import (TEMPLATES, collate, conversation, exact_match, format_messages, last_turn, messages_of, order_by_length,
+                  pad_left, prompt_of, read_conversations, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device, write_json
 from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, all_sum, autocast, barrier, batches,
@@ -62,7 +70,7 @@ class Config(AdapterOptions):
     mask_prompt: bool = option(True, "train on the answers only")
     max_new_tokens: int = option(256, "of a response, at most half the context", low=1)
     temperature: float = option(0.0, "of responses, 0 = always the likeliest token", low=0)
-    checkpoint: str = option("out/sft/model.safetensors", "the model that answers")
+    checkpoint: str = option("out/sft/model.safetensors", "the model that answers; of serve: several, with commas")
     prompt: str = option("", "the instruction to answer; empty = those on stdin, one per line")
     split: str = option("test", "part of the data", choices=("train", "val", "test", "all"))
     out: str = option("", "a new file for the responses")
@@ -70,6 +78,8 @@ class Config(AdapterOptions):
     judge: str = option("", "ollama, openai, or a URL; empty = no judge")
     judge_model: str = option("llama3", "the judge's name there")
     judge_mode: str = option("rubric", "a grade, or the better of two, in both orders", choices=("rubric", "pairwise"))
+    host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0 = open to every machine that reaches this one")
+    port: int = option(8000, "of the page and the API, 0 = any free one", low=0, high=65535)
     judge_examples: int = option(100, "ask about the first so many entries, 0 = all", low=0)
 
 
@@ -432,6 +442,218 @@ def judge_rows(judge, mode, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The server: OpenAI's chat API over HTTP, and the page that talks to it
+#
+# Our own fields: a request may have `top_k` and `continue_ids`, the exact ids of the answer's beginning, with which the
+# reply begins; a reply has `token_ids` in every choice, `id` in every token's `logprobs`, and `dropped_messages`.
+
+PATIENCE = 10.0  # seconds for a client to send its request, and to take each piece of the answer
+WAITING = 8  # requests that may wait while another is answered
+LARGEST = 1 << 20  # bytes of a request's body
+HOST = re.compile(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", re.IGNORECASE)  # no site's DNS can take these names
+FIELDS = {  # of a request: types, limits (of a text's or list's length), default; other fields are ignored
+    "model": ((str,), 0, 999, ""), "messages": ((list,), 1, 999, []), "stream": ((bool,), 0, 1, False),
+    "temperature": ((float, int), 0, 2, 0), "top_p": ((float, int), 1e-6, 1, None), "top_k": ((int,), 1, 1 << 31, None),
+    "max_tokens": ((int,), 1, 1 << 31, 1 << 31), "max_completion_tokens": ((int,), 1, 1 << 31, None),
+    "n": ((int,), 1, 16, 1), "seed": ((int,), -(1 << 63), (1 << 63) - 1, None), "stop": ((list, str), 1, 999, []),
+    "logprobs": ((bool,), 0, 1, False), "top_logprobs": ((int,), 0, 20, 0), "continue_ids": ((list,), 0, 1 << 17, [])}
+
+
+class Refused(ValueError):
+    """Refused(status, message, param=None, code=None): a request that ends in an error of OpenAI's form."""
+
+
+def read_fields(body):
+    """Return {name: value} for all of FIELDS from the body of a request; raises Refused for a value out of range."""
+    fields, given = {}, body if isinstance(body, dict) else {}
+    for name, (kinds, low, high, default) in FIELDS.items():
+        value = default if given.get(name) is None else given[name]
+        size = len(value) if isinstance(value, (str, list, dict)) else value
+        if value is not default and not (type(value) in kinds and low <= size <= high):  # NaN fits no limits
+            raise Refused(400, f"{name} must be a {kinds[0].__name__}; it or its length {low} to {high}", name)
+        fields[name] = value
+    fields["stop"] = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
+    if not all(isinstance(text, str) and text for text in fields["stop"]):
+        raise Refused(400, "stop must be a text or a list of texts, none of them empty", "stop")
+    return fields
+
+
+@torch.no_grad()
+def score_token(model, tokenizer, ids, cache, count):
+    """Return OpenAI's `logprobs` entry for the last of `ids`, and the `count` likeliest tokens in its place.
+
+    They are the model's own, at temperature 1. `cache`, a KVCache, holds earlier positions of `ids` and grows."""
+    new, entries = torch.tensor([ids[cache.length : -1]], device=model.device), []
+    logprobs = torch.log_softmax(model.out_head(model.hidden(new, cache=cache)[0, -1]).float(), dim=-1)  # (V,)
+    for i in [ids[-1], *logprobs.topk(min(count, len(logprobs))).indices.tolist()]:
+        raw = tokenizer.tokens[i] if isinstance(tokenizer.tokens[i], bytes) else tokenizer.tokens[i].encode()
+        entries.append({"token": tokenizer.decode([i]), "id": i, "logprob": logprobs[i].item(), "bytes": list(raw)})
+    return {**entries[0], "top_logprobs": entries[1:]}
+
+
+def answer_pieces(model, tokenizer, prompt, fields, generator):
+    """Yield (text, token ids, logprobs, reason) of an answer piece by piece, never half a character; reason is last.
+
+    The ids of a stop string are among the ids; the end of text is not, but it has its `logprobs`."""
+    begun, said, told, context = fields["continue_ids"], [], 0, model.config.context_length
+    most = min(fields["max_completion_tokens"] or fields["max_tokens"], context - len(prompt + begun))
+    top_k = fields["top_k"] and min(fields["top_k"], model.config.vocab_size)
+    steps = gpt.generate_steps(model, torch.tensor([prompt + begun], device=model.device), most,
+                               round(fields["temperature"], 6), top_k, fields["top_p"], generator=generator)
+    cache = gpt.KVCache(model.config, 1, context, model.device, model.tok_emb.weight.dtype)
+    score = lambda ids: score_token(model, tokenizer, prompt + ids, cache, fields["top_logprobs"])  # noqa: E731
+
+    def decode(ids):
+        said[:] = ids
+        return tokenizer.decode(ids).lstrip()
+
+    ids = itertools.takewhile(lambda i: i != tokenizer.eot_id, itertools.chain(begun, map(int, steps)))
+    for text in gpt.stream_text(decode, ids, fields["stop"]):
+        yield text, said[told:], [score(said[: n + 1]) for n in range(told, len(said)) if fields["logprobs"]], None
+        told = len(said)
+    stopped = any(text in decode(said) for text in fields["stop"])
+    ended = not stopped and len(said) < len(begun) + most  # by the end of text
+    scores = [score(said + [tokenizer.eot_id])] if ended and fields["logprobs"] else []
+    yield "", [], scores, "stop" if stopped or ended else "length"
+
+
+def choice(index, kind, message, ids, scores, reason):
+    """Return an item of a reply's `choices`, of the kind "message" or "delta"."""
+    logprobs = {"content": scores} if scores else None
+    return {"index": index, kind: message, "token_ids": ids, "logprobs": logprobs, "finish_reason": reason}
+
+
+def send_answer(handler, reply, fields, model, tokenizer, prompt):
+    """Draw an answer and send it, whole or as server-sent events; raises OSError when the client leaves."""
+    generator, choices, stream = torch.Generator(model.device), [], fields["stream"]
+    generator.seed() if fields["seed"] is None else generator.manual_seed(fields["seed"])
+    if stream:
+        handler.send(200, b"", "text/event-stream")
+    for index in range(fields["n"]):
+        text, ids, scores = "", [], []
+        for piece, new_ids, new_scores, reason in answer_pieces(model, tokenizer, prompt, fields, generator):
+            handler.check_client()
+            if stream:
+                delta = {"content": piece} if ids else {"role": "assistant", "content": piece}
+                event = {**reply, "choices": [choice(index, "delta", delta, new_ids, new_scores, reason)]}
+                handler.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            text, ids, scores = text + piece, ids + new_ids, scores + new_scores
+        choices.append(choice(index, "message", {"role": "assistant", "content": text}, ids, scores, reason))
+    if stream:
+        return handler.wfile.write(b"data: [DONE]\n\n")
+    drawn = sum(max(0, len(each["token_ids"]) - len(fields["continue_ids"])) for each in choices)
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": drawn, "total_tokens": len(prompt) + drawn}
+    handler.send(200, {**reply, "choices": choices, "usage": usage})
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers one request and closes the connection; `server` is that of `open_server`."""
+
+    timeout, disable_nagle_algorithm, default_request_version = PATIENCE, True, "HTTP/1.0"
+
+    def handle(self):
+        self.clock = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RD])  # ends a slow request
+        self.clock.start()
+        with contextlib.suppress(OSError):  # the client has left
+            if threading.active_count() < 200:
+                super().handle()
+        self.clock.cancel()
+
+    def send(self, status, content, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def send_error(self, status, message=None, param=None, code=None):  # http.server calls it, too, for an odd request
+        status = {501: 405, 505: 400}.get(status, status)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.send(status, {"error": {"message": message or "unreadable", "type": kind, "param": param, "code": code}})
+
+    def do_GET(self):
+        host, place = self.headers.get("Host", ""), (self.command, self.path.partition("?")[0])
+        page, names = Path(__file__).resolve().parent / "assets/chat.html", list(self.server.models)
+        try:
+            if not HOST.fullmatch(host) and host.partition(":")[0] != self.server.host:
+                raise Refused(403, "this Host is refused; use an IP address, localhost, or the name given to --host")
+            if place == ("POST", "/v1/chat/completions"):
+                self.complete(read_fields(self.read_body()))
+            elif place == ("GET", "/v1/models"):
+                models = [{"id": name, "object": "model", "created": 0, "owned_by": "you"} for name in names]
+                self.send(200, {"object": "list", "data": models})
+            elif place == ("GET", "/") and page.is_file():
+                self.send(200, page.read_bytes(), "text/html; charset=utf-8")
+            else:
+                raise Refused(404, "not found; there are GET /v1/models and POST /v1/chat/completions")
+        except (ValueError, RecursionError) as error:
+            self.send_error(*(error.args if isinstance(error, Refused) else (400, str(error))))
+
+    do_POST = do_GET
+
+    def read_body(self):
+        size, kind = self.headers.get("Content-Length", ""), self.headers.get_content_type()
+        if kind != "application/json" or not re.fullmatch("[0-9]{1,15}", size):  # another site's form cannot send this
+            raise Refused(400, "the request needs Content-Type: application/json and a Content-Length")
+        content = self.rfile.read(min(int(size), 8 * LARGEST))  # a reply to an unread body can be lost
+        self.clock.cancel()
+        if int(size) > LARGEST:
+            raise Refused(413, f"the body has more than {LARGEST} bytes")
+        return json.loads(content, parse_constant=int)  # int("NaN") is an error
+
+    def check_client(self):
+        """Raise ConnectionAbortedError if the client has left or the server has been closed."""
+        readable = select.select([self.connection], [], [], 0)[0]
+        if self.server.fileno() < 0 or readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError
+
+    def complete(self, fields):
+        """Answer in turn; the prompt depends on messages alone, so that an answer goes on behind the same ids."""
+        server, name, begun = self.server, fields["model"], fields["continue_ids"]
+        if name not in server.models:
+            raise Refused(404, f"no such model; there are: {', '.join(server.models)}", "model", "model_not_found")
+        model, tokenizer, template, _ = server.models[name]
+        context, messages = model.config.context_length, conversation({"messages": fields["messages"]}, "messages")
+        prompt, dropped = prompt_ids(messages, tokenizer, template, context - min(256, context // 2))
+        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in begun) or len(prompt + begun) >= context:
+            raise Refused(400, f"continue_ids must be token ids and leave room in the context of {context}",
+                          "continue_ids")
+        reply = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion" + ".chunk" * fields["stream"],
+                 "created": int(time.time()), "model": name, "dropped_messages": dropped}
+        with contextlib.ExitStack() as stack:
+            if not server.places.acquire(blocking=False):
+                raise Refused(503, f"{WAITING} requests are waiting; try again later")
+            stack.callback(server.places.release)
+            while not server.busy.acquire(timeout=0.2):
+                self.check_client()
+            stack.callback(server.busy.release)
+            send_answer(self, reply, fields, model, tokenizer, prompt)
+
+
+def open_server(config):
+    """Return a server that listens at --host and --port and holds the models of --checkpoint."""
+    models = {}
+    for path in config.checkpoint.split(","):
+        name = Path(path).parent.name if Path(path).stem == "model" else Path(path).stem
+        models[name if name and name not in models else path] = load_model(config, path, "python finetune_sft.py")
+    server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
+    server.host, server.models = config.host, models
+    server.busy, server.places = threading.Lock(), threading.Semaphore(1 + WAITING)
+    return server
+
+
+def serve(config):
+    """Answer in the browser, and programs that speak OpenAI's chat API, until Ctrl-C."""
+    with open_server(config) as server:
+        print(f"{', '.join(server.models)} at http://{config.host}:{server.server_port}  (API: /v1; Ctrl-C ends it)")
+        if config.host not in LOCAL[:2]:
+            print("note: whoever reaches this machine can use the models; there is no password", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token
+    print("\nstopped")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training, chat, evaluation
 
 
@@ -682,6 +904,8 @@ def main(argv=None):
         "train": Command(train, TRAINING + tuning, parallel=True, defaults=defaults),
         "respond": Command(respond_command, answers + " prompt"),
         "chat": Command(chat, answers, defaults={"checkpoint": next(filter(os.path.isfile, MODELS), "")}),
+        "serve": Command(serve, "checkpoint template host port device debug",
+                         defaults={"checkpoint": ",".join(filter(os.path.isfile, MODELS[1::-1])) or MODELS[2]}),
         "evaluate": Command(evaluate, answers + " data examples split out dtype against judge judge_model judge_mode "
                             "judge_examples")}, argv, __file__, default_rate)
 
