@@ -133,7 +133,7 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D), the S - T earlier positions in front
-        causal = allowed is None if x.shape[1] > 1 else False  # a single new token may see everything before it
+        causal = allowed is None and x.shape[1] > 1  # a single new token may see everything before it
         dropout = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # heads joined: (B, H, T, D) -> (B, T, C)
@@ -328,8 +328,8 @@ def check_prompts(model, ids, mask, max_new_tokens, num_samples):
     require(torch.is_tensor(ids) and ids.dim() == 2 and ids.dtype in (torch.int32, torch.int64) and ids.shape[1] > 0,
             "prompts are token ids in a tensor (B, T) of int64, not empty; for one prompt: torch.tensor([ids])")
     require(max_new_tokens >= 0 and num_samples >= 1, f"not {max_new_tokens=} >= 0 and {num_samples=} >= 1")
-    low, high, size = *(ids.aminmax() if ids.numel() else (0, 0)), model.config.vocab_size
-    require(0 <= low and high < size, f"the prompts hold the ids {low} to {high}; the model knows 0 to {size - 1}")
+    size, wrong = model.config.vocab_size, ids[(ids < 0) | (ids >= model.config.vocab_size)].tolist()
+    require(not wrong, f"the prompts hold the ids {wrong[:5]}; the model knows 0 to {size - 1}")
     require(mask is None or mask.shape == ids.shape and mask.device == ids.device and bool((mask[:, -1] == 1).all()),
             "mask needs the prompts' shape and device, and 1 in its last column: padding is on the left")
 
@@ -342,7 +342,7 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
     check_sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
     (B, T), context = ids.shape, model.config.context_length
     mask = None if mask is None or bool((mask == 1).all()) else mask.long()
-    cache = KVCache(model.config, B, min(context, T + max_new_tokens), ids.device, model.tok_emb.weight.dtype)
+    cache = KVCache(model.config, B, min(context, T + max_new_tokens), ids.device, model.pos_emb.weight.dtype)
     done = torch.zeros(B * num_samples, dtype=torch.bool, device=ids.device)
     was_training = model.training
     model.eval()
@@ -415,6 +415,61 @@ def stream_text(decode, new_ids, stop_strings=()):
             yield text[sent : len(whole) - waiting]
             sent = len(whole) - waiting
     yield text[sent:]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer for inference on an x86 CPU with int8 weights, about 1% off: (..., in) -> (..., out).
+
+    Each row of the weight is rounded to multiples of its largest entry / 127, each row of the input to multiples of
+    its largest / 63, and what that leaves to multiples of a 126th of it: rounding once would double the error, and one
+    large value, as GPT-2's have, would drown the others. Both parts share a pass over the weights, which is the work.
+    7 and 8 bits, because on processors without VNNI the sum of two products must fit into 16 bits."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, self.bias = linear.weight.detach(), linear.bias
+        scales = torch.linalg.vector_norm(weight, math.inf, dim=1).clamp(min=1e-30) / 127
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        rows = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(rows, None)
+        self(weight[:1])  # fails where this processor has no such product
+
+    @torch.no_grad()
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        unit = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp(min=1e-30) / 63
+        steps = rows / unit
+        coarse = steps.round()
+        parts = torch.cat([coarse, (steps - coarse) * 126])  # all within -63 and 63; the product rounds them
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(parts, 1.0, 64, self.packed)
+        coarse, fine = y.chunk(2)
+        y = coarse.add_(fine, alpha=1 / 126).mul_(unit).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@torch.no_grad()
+def int8_linears(model):
+    """Return the model with its linear layers in int8, changed in place, for generation on a CPU, not for training.
+
+    The token embedding becomes float16. Where int8 is not to be had (Arm, a GPU) a note says so and nothing changes."""
+    backend, engine = torch.backends.quantized, torch.backends.quantized.engine
+    try:
+        backend.engine = "fbgemm"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.13: tensors of the type qint8 may go in a later version
+            for module in list(model.modules()):
+                for name, layer in module.named_children():
+                    if type(layer) is nn.Linear:
+                        setattr(module, name, Int8Linear(layer))
+        if isinstance(model, GPTModel):
+            model.tok_emb.half()
+    except (RuntimeError, AttributeError) as error:
+        print(f"note: no int8 here, so weights stay in float32 ({explain(error)[:60]})", file=sys.stderr)
+    finally:
+        backend.engine = engine
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what `keep_freed_memory` keeps of the old weights
+    return model
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -558,6 +613,8 @@ def save_checkpoint(path, model, tokenizer=None, **info):
     tensors = distinct_tensors(model)
     require(not any(name.endswith(("lora_A", "lora_B")) for name in tensors),
             f"{path}: the model has adapters that are not merged; call lora.merge_lora(model) first")
+    require(not any(isinstance(module, Int8Linear) for module in model.modules()),
+            f"{path}: int8 weights are for generation; save the model before int8_linears(model)")
     metadata = {"kind": info["kind"], "config": json.dumps(dataclasses.asdict(model.config)), "info": json.dumps(info)}
     if tokenizer is not None:
         metadata["tokenizer"] = json.dumps(tokenizer.to_dict())
@@ -767,6 +824,8 @@ def generate_command(args):
         raise argparse.ArgumentError(None, f"--{error}") from None
     check_utf8(args.prompt, *args.stop)
     model, tokenizer, _ = load_language_model(args.checkpoint, pick_device(args.device))
+    if args.int8:
+        int8_linears(model)
     ids, context = tokenizer.encode(args.prompt) or [tokenizer.eot_id], model.config.context_length
     require(ids[0] is not None, "an empty prompt needs a tokenizer with an end-of-text token; give --prompt")
     if len(ids) > context:
@@ -840,6 +899,7 @@ def main(argv=None):
             "--repetition_penalty": dict(type=float, help="above 1 makes tokens already there less likely"),
             "--stop": dict(action="append", default=[], help="end before this text; may be given several times"),
             "--num_samples": dict(type=int, default=1, help="how many continuations"),
+            "--int8": dict(action="store_true", help="weights in int8: faster on a CPU, a little less exact"),
             "--seed": dict(type=int, default=1234, help="equal seeds draw equal texts"),
             "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps")}),
         "info": (info_command, {

@@ -493,6 +493,8 @@ def train(args):
     if args.resume and args.fresh:
         raise argparse.ArgumentError(None, "--resume keeps a tokenizer, --fresh replaces it: give one")
     info = {"type": args.type, "data": args.data, **options}
+    if args.separator:
+        info["separator"] = args.separator
     if path.exists() and not args.fresh:
         if not args.resume:
             raise argparse.ArgumentError(None, f"{path} exists: --resume keeps it, --fresh moves it aside")
@@ -503,7 +505,7 @@ def train(args):
         return print(f"{path} is there, made with the same options")
     from data import texts
     start = time.perf_counter()
-    content = documents(itertools.chain.from_iterable(map(texts, args.data)))
+    content = documents(text for source in args.data for text in texts(source, args.separator))
     first = list(itertools.islice(content, 500))
     sample = "".join(first)[:1_000_000]
     kind = {"bpe": BPETokenizer, "word": WordTokenizer, "char": CharTokenizer}[args.type]
@@ -561,6 +563,7 @@ TEXT = {"text": dict(nargs="*", help="text; without it, stdin is read"), **TOKEN
 COMMANDS = {train: {
     "--data": dict(nargs="+", default=["tinyworld", "tinyworld/instructions"],
                    help="text files, folders, data sets by name (tinyworld's stories and its questions)"),
+    "--separator": dict(default="", help="what divides documents in a text file, as '<|endoftext|>'"),
     "--type": dict(default="bpe", choices=("bpe", "word", "char"), help="byte pairs, words, characters (%(default)s)"),
     "--vocab_size": dict(default=1024, type=int, help="tokens, bytes and special ones too; bpe only (%(default)s)"),
     "--split_digits": dict(default=True, action=argparse.BooleanOptionalAction, help="one token per digit; bpe only"),

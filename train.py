@@ -4,6 +4,7 @@
     python train.py --data my.txt --tokenizer gpt2 --model gpt2 --batch_size 8    your own text, GPT-2's size
     python train.py --resume                               continue a run that was stopped; Ctrl-C saves first
     python train.py evaluate --checkpoint out/pretrain/model.safetensors --data my.txt
+    python train.py evaluate --checkpoint gpt2 --task hellaswag    multiple choice by log-likelihood
     python train.py report                                 every stage in out/: a table here, a page in out/report.html
     torchrun --standalone --nproc_per_node=2 train.py      data parallel: one process per GPU, or several on a CPU
 
@@ -36,7 +37,8 @@ import gpt  # first, because it filters torch's warning about numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import SlidingWindowDataset, epoch_order, json_sha256, load_tokens, prepare, seeded, texts, token_info
+from data import (SlidingWindowDataset, epoch_order, json_sha256, load_tokens, prepare, read_choices, seeded, texts,
+                  token_info)
 from gpt import GPT_CONFIGS, GPTModel, pick_device, replacing, write_json
 from tokenizer import CharTokenizer, WordTokenizer, load_tokenizer
 from torch.nn.utils import clip_grad_norm_
@@ -113,7 +115,9 @@ class Config(Options):
     optimizer: str = option("muon", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     prompt: str = option("", "what the sample at each evaluation continues")
     sample_tokens: int = option(60, "tokens of that sample, 0 = none", low=0)
+    separator: str = option("", "what divides documents in a text file, as '<|endoftext|>'")
     checkpoint: str = option("out/pretrain/model.safetensors", "the model to evaluate")
+    task: str = option("", "hellaswag, or a .jsonl file of multiple-choice questions, scored instead of --data")
 
 
 class Command(NamedTuple):
@@ -419,7 +423,7 @@ def next_token_loss(logits, targets):
 
 STATE_FORMAT = 2  # the first edition's states have 1
 RUN_FILES = ("state.pt", "model.safetensors", "summary.json", "metrics.jsonl")
-FREE = {"resume", "fresh", "debug", "log_every", "save_every", "out_dir", "command", "checkpoint"}  # may change
+FREE = {"resume", "fresh", "debug", "log_every", "save_every", "out_dir", "command", "checkpoint", "task"}  # may change
 
 
 @dataclass
@@ -856,7 +860,8 @@ def start_model(config):
                 raise ArgumentError(None, f"--{name} {value} does not go with --init {config.init}; leave one out")
         return load_start(config, "python train.py")[:2]
     if config.tokenizer in ("char", "word"):
-        tokenizer = {"char": CharTokenizer, "word": WordTokenizer}[config.tokenizer].train(texts(config.data))
+        kind = {"char": CharTokenizer, "word": WordTokenizer}[config.tokenizer]
+        tokenizer = kind.train(texts(config.data, config.separator))
     elif config.tokenizer == "gpt2" or Path(config.tokenizer).exists():
         tokenizer = load_tokenizer(config.tokenizer)
     else:
@@ -926,7 +931,7 @@ def train(config):
     total_steps(config, 1)  # refuses a run without end before any work
     model, tokenizer = on_first_rank(start_model, config)
     model.to(device).train()
-    tokens_folder = on_first_rank(prepare, config.data, tokenizer)
+    tokens_folder = on_first_rank(prepare, config.data, tokenizer, config.separator)
     length = model.config.context_length
     windows, val_windows = (SlidingWindowDataset(load_tokens(tokens_folder / f"{part}.bin"), length, length)
                             for part in ("train", "val"))
@@ -975,11 +980,50 @@ def train(config):
     return summary
 
 
+@torch.no_grad()
+def choice_logprobs(model, tokenizer, prompt, choices):
+    """Return the log-probability in nats of each of the choices after a prompt, which loses its start if too long."""
+    context, ids = model.config.context_length, tokenizer.encode(prompt) or [tokenizer.eot_id or 0]
+    space = " " * (prompt == prompt.rstrip() != "")  # between the two, unless white space ends the prompt
+    ends = [tokenizer.encode(choice if choice[0].isspace() else space + choice) for choice in choices]
+    if max(map(len, ends)) >= context:
+        raise ValueError(f"a choice of {max(map(len, ends))} tokens does not fit into the context: {choices}"[:200])
+    rows = [torch.tensor((ids + end)[-context:], device=model.device) for end in ends]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no earlier position looks
+    logprobs = gpt.token_logprobs(model(padded), padded)  # entry t is that of token t + 1
+    return [line[len(row) - 1 - len(end) : len(row) - 1].sum().item() for line, row, end in zip(logprobs, rows, ends)]
+
+
+def evaluate_task(model, tokenizer, questions, context=contextlib.nullcontext()):
+    """Print and return how often the likeliest of the choices is the answer, plainly and per byte, beside chance.
+
+    A longer choice has more tokens to be unlikely in, so the second divides by its bytes: "acc" and "acc_norm" of
+    EleutherAI's harness, which gives 28.9% and 31.1% for GPT-2 124M on HellaSwag."""
+    hits = Counter()
+    for question in questions:
+        with context:
+            plain = choice_logprobs(model, tokenizer, question["prompt"], question["choices"])
+        normed = [score / len(choice.encode()) for score, choice in zip(plain, question["choices"])]
+        for name, scores in (("accuracy", plain), ("accuracy_per_byte", normed)):
+            hits[name] += scores.index(max(scores)) == question["answer"]
+    n, found = len(questions), {}
+    for name in ("accuracy", "accuracy_per_byte"):
+        low, high = found[name + "_interval"] = wilson(hits[name], n)
+        found[name] = hits[name] / n
+        print(f"{name:<18}{found[name]:.1%}  (95%: {low:.1%} to {high:.1%})")
+    found.update(questions=n, chance=sum(1 / len(question["choices"]) for question in questions) / n)
+    print(f"{'chance':<18}{found['chance']:.1%}  of {n:,} questions")
+    return found
+
+
 def evaluate(config):
     """Print and return a checkpoint's loss, perplexity and bits per byte on the validation split of --data."""
     device = pick_device(config.device)
+    questions = read_choices(config.task) if config.task else []  # before the model, which takes longer to read
     model, tokenizer, _ = gpt.load_language_model(config.checkpoint, device)
-    folder = prepare(config.data, tokenizer)
+    if config.task:
+        return evaluate_task(model, tokenizer, questions, autocast(config, device))
+    folder = prepare(config.data, tokenizer, config.separator)
     length = config.context_length or model.config.context_length
     windows = SlidingWindowDataset(load_tokens(folder / "val.bin"), length, length)
     loss, tokens = evaluate_loss(model, windows, autocast(config, device))
@@ -1050,10 +1094,10 @@ def report(config):
 
 def main(argv=None):
     """Run the command line and return its exit status."""
-    own = " tokenizer model emb_dim n_layers n_heads prompt sample_tokens"
+    own = " separator tokenizer model emb_dim n_layers n_heads prompt sample_tokens"
     return run_script(__doc__, Config, {
         "train": Command(train, TRAINING + own, parallel=True),
-        "evaluate": Command(evaluate, "checkpoint data context_length device dtype debug"),
+        "evaluate": Command(evaluate, "checkpoint data separator task context_length device dtype debug"),
         "report": Command(report, "out_dir debug", defaults={"out_dir": "out"})}, argv, adjust=default_rate)
 
 

@@ -318,8 +318,8 @@ def sft_ours(quick):
     return lambda: (sum(len(ids) - start + 1 for ids, start in items), epoch() and before)
 
 
-def sft_trl(quick, packing=False):
-    """The same epoch by TRL's SFTTrainer; packed rows are half as many, so that an update has as many tokens."""
+def sft_trl(quick):
+    """The same epoch by TRL's SFTTrainer."""
     import datasets
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
@@ -327,8 +327,8 @@ def sft_trl(quick, packing=False):
     items = sft_examples(quick)
     rows = datasets.Dataset.from_list([{"input_ids": [*ids, END], "completion_mask": [0] * start + [1] * (
         len(ids) + 1 - start)} for ids, start in items])
-    args = SFTConfig(output_dir=scratch(), per_device_train_batch_size=SFT_ROWS // (1 + packing), num_train_epochs=1,
-                     learning_rate=1e-4, weight_decay=0.0, max_grad_norm=1.0, max_length=SFT_LENGTH, packing=packing,
+    args = SFTConfig(output_dir=scratch(), per_device_train_batch_size=SFT_ROWS, num_train_epochs=1,
+                     learning_rate=1e-4, weight_decay=0.0, max_grad_norm=1.0, max_length=SFT_LENGTH,
                      completion_only_loss=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
                      report_to="none", save_strategy="no", logging_steps=1000, disable_tqdm=True,
                      dataloader_pin_memory=False)
@@ -358,11 +358,24 @@ def words(last, extra=()):
 PROMPT, NEW, SPREAD = 32, 128, 0.06  # SPREAD: weights so large that a random model does not repeat one token
 
 
-def greedy(quick, make, generate, device="cpu", dtype=torch.float32):
+def prompt_loss(model, ids):
+    """Return [loss on the prompts], which is compared where rounded weights choose other tokens in time."""
+    with torch.no_grad():
+        logits = model(ids)
+    return [F.cross_entropy(getattr(logits, "logits", logits)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()]
+
+
+def greedy(quick, make, generate, device="cpu", dtype=torch.float32, rounded=False):
     """A prompt of 32 tokens and 128 more, greedily."""
     size, new = (QUICK, 16) if quick else (GPT2, NEW)
     model, ids = make(size, SPREAD).to(device, dtype).eval(), random_ids(1, PROMPT, below=512).to(device)
-    return lambda: (new, generate(model, ids, new)[0, PROMPT:].tolist())
+    before = prompt_loss(model, ids) if rounded else None
+
+    def block():
+        tokens = generate(model, ids, new)[0, PROMPT:].tolist()
+        return len(tokens), before or tokens
+
+    return block
 
 
 def our_tokens(model, ids, new, mask=None):
@@ -377,17 +390,45 @@ def hf_tokens(model, ids, new, mask=None):
                           do_sample=False, pad_token_id=0)
 
 
-def nano_tokens(model, ids, new):
-    """The same by nanoGPT, which has no cache; a draw from the one likeliest token is greedy."""
-    return model.generate(ids, new, top_k=1)
+def int8_model(size, std=0.02):
+    """Return our model with its weights in int8."""
+    return gpt.int8_linears(our_model(size, std))
 
 
-def batch(quick, make, generate):
+def llama_q8(quick):
+    """The same by llama.cpp with weights in q8_0, from the file that we export; the check is its loss on the prompt."""
+    import llama_cpp
+    from gpt2_weights import export_gguf
+    from tokenizer import BPETokenizer, load_tokenizer
+
+    size, new = (QUICK, 16) if quick else (GPT2, NEW)
+    tokenizer = BPETokenizer.train(source_text(60_000), size["vocab_size"]) if quick else load_tokenizer("gpt2")
+    path, ids = Path(scratch(), "model.gguf"), random_ids(1, PROMPT, below=512)[0].tolist()
+    export_gguf(our_model(size, SPREAD), path, tokenizer, "q8_0")
+    llama = llama_cpp.Llama(str(path), n_ctx=256, n_threads=torch.get_num_threads(), logits_all=True, verbose=False)
+    llama.eval(ids)
+    logits = torch.tensor(llama.scores[:PROMPT].tolist())
+    before = [F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()]
+
+    def block():
+        tokens = llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
+        return len(list(itertools.islice(tokens, new))), before
+
+    return block
+
+
+def batch(quick, make, generate, rounded=False):
     """16 prompts of 8 to 64 tokens, padded on the left, and 48 more for each, greedily."""
     lengths = torch.tensor([8 + 56 * row // 15 for row in range(16)])
     mask = (torch.arange(64) >= 64 - lengths[:, None]).long()
     model, ids = make(QUICK if quick else GPT2, SPREAD).eval(), random_ids(16, 64, below=512) * mask
-    return lambda: (16 * 48, generate(model, ids, 48, mask)[:, 64:].flatten().tolist())
+    before = prompt_loss(model, ids) if rounded else None
+
+    def block():
+        tokens = generate(model, ids, 48, mask)[:, 64:].flatten().tolist()
+        return len(tokens), before or tokens
+
+    return block
 
 
 LIKED, STOP, PPO_ROWS, PPO_NEW = range(16, 32), 63, 32, 16  # the reward counts liked tokens; prompts hold none
@@ -474,30 +515,6 @@ def ppo_trl(quick, updates=32):
     return block
 
 
-def started(quick, *words):
-    """This Python with these words, until it ends."""
-    def block():
-        subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=ROOT)
-        return 1, None
-
-    return block
-
-
-def first_step_ours(quick):
-    """`python train.py` on a small text, until the line of its first step is there; the run then ends by itself."""
-    text = Path(scratch(), "text.txt")
-    text.write_text("".join(source_text(60_000)), encoding="utf-8")
-    flags = f"--data {text} --tokenizer char --max_steps 1 --warmup_steps 0 --fresh --out_dir {text.parent / 'run'}"
-
-    def block():
-        process = subprocess.Popen([sys.executable, "train.py", *flags.split()], cwd=ROOT, stderr=subprocess.PIPE,
-                                   stdout=subprocess.DEVNULL, text=True)
-        assert any(line.startswith("step 1/1") for line in process.stderr), "train.py printed no first step"
-        return 1, lambda: process.communicate() and None
-
-    return block
-
-
 def gpu_steps(quick, make):
     """GPT-2 124M, 12 rows of 1,024 tokens, compiled, in bfloat16: 10 steps."""
     import train
@@ -524,7 +541,7 @@ def gpu_steps(quick, make):
 
 
 class Row(NamedTuple):
-    """One comparison: two sides, and the ratio (peer's seconds over ours) to reach; "0.3 s" = that more at most."""
+    """One comparison: two sides, and the ratio (peer's seconds over ours) to reach."""
 
     name: str
     work: str
@@ -533,7 +550,7 @@ class Row(NamedTuple):
     peer_name: str
     peer: tuple
     needs: str  # packages, and variables that name checkouts
-    target: float | str
+    target: float
     rounds: int = 5
     tolerance: float = 1e-4  # by which losses may differ
 
@@ -544,29 +561,29 @@ GREEDY = "greedy", "greedy generation, 124M, 32 + 128 tokens", "token", (greedy,
 SFT = "sft", "instruction tuning, 256 examples of 16 to 256", "response token", (sft_ours,)
 LORA = "lora", "LoRA step, rank 8, 124M, 1 x 256", "step", (lora, "ours")
 ON_GPU = "cuda", torch.bfloat16
+ROUNDED = "cpu", torch.float32, True
+INT8 = "int8", "greedy generation, 124M in int8, 32 + 128", "token", (greedy, int8_model, our_tokens, *ROUNDED)
 ROWS = [
     Row("bpe", "BPE training, 10 MB, 8,192 tokens", "MB", (bpe_ours,), "tokenizers", (bpe_tokenizers,), "tokenizers",
-        1.0),
+        0.9),
     Row("tokens", "text to token file, 5 MB, own merges", "MB", (tokens_ours,), "tokenizers", (tokens_tokenizers,),
         "tokenizers", 3.0, 7),
-    Row(*STEP, "nanoGPT", (steps, nano_model, nano_training), "NANOGPT", 1.2, 11),
+    Row(*STEP, "nanoGPT", (steps, nano_model, nano_training), "NANOGPT", 1.1, 11),
     Row(*STEP124, "nanoGPT", (steps124, nano_model, nano_training), "NANOGPT", 1.4),
-    Row(*STEP124, "transformers", (steps124, hf_model, hf_training), "transformers", 1.4),
-    Row(*GREEDY, "transformers", (greedy, hf_model, hf_tokens), "transformers", 1.7),
-    Row(*GREEDY, "nanoGPT", (greedy, nano_model, nano_tokens), "NANOGPT", 8.0, 2),
+    Row(*STEP124, "transformers", (steps124, hf_model, hf_training), "transformers", 1.15),
+    Row(*GREEDY, "transformers", (greedy, hf_model, hf_tokens), "transformers", 1.0),
     Row("batch", "generation, 124M, 16 prompts of 8 to 64, + 48", "token", (batch, our_model, our_tokens),
-        "transformers", (batch, hf_model, hf_tokens), "transformers", 2.0, 3),
-    Row(*SFT, "TRL", (sft_trl,), "trl transformers", 2.0, 3),
-    Row(*SFT, "TRL, packed", (sft_trl, True), "trl transformers", 1.2, 3),
-    Row(*LORA, "all weights", (lora, ""), "", 1.25, tolerance=math.nan),
-    Row(*LORA, "PEFT, our model", (lora, "peft"), "peft", 1.3),
-    Row(*LORA, "PEFT, transformers", (lora, "peft", hf_model), "peft transformers", 1.3),
+        "transformers", (batch, hf_model, hf_tokens), "transformers", 1.0, 3),
+    Row(*INT8, "transformers, float32", (greedy, hf_model, hf_tokens, *ROUNDED), "transformers", 2.8, tolerance=0.02),
+    Row(*INT8, "llama.cpp, q8_0", (llama_q8,), "llama_cpp", 0.5, tolerance=0.02),
+    Row("int8-batch", "124M in int8, 16 prompts of 8 to 64, + 48", "token", (batch, int8_model, our_tokens, True),
+        "transformers, float32", (batch, hf_model, hf_tokens, True), "transformers", 3.5, 3, 0.02),
+    Row(*SFT, "TRL", (sft_trl,), "trl transformers", 1.8, 3),
+    Row(*LORA, "all weights", (lora, ""), "", 1.43, tolerance=math.nan),
+    Row(*LORA, "PEFT, our model", (lora, "peft"), "peft", 1.0),
+    Row(*LORA, "PEFT, transformers", (lora, "peft", hf_model), "peft transformers", 1.0),
     Row("ppo", "PPO, toy of 2 x 64, 32 x 16 tokens per update", "episode", (ppo_ours,), "TRL", (ppo_trl,),
-        "trl transformers", 4.0, tolerance=math.nan),
-    Row("start", "python train.py --help", "start", (started, "train.py", "--help"), "import torch",
-        (started, "-W", "ignore", "-c", "import torch"), "", "0.3 s"),
-    Row("start", "python train.py, to its first step", "start", (first_step_ours,), "import transformers",
-        (started, "-W", "ignore", "-c", "from transformers import GPT2LMHeadModel, Trainer"), "transformers", 2.5),
+        "trl transformers", 5.0, tolerance=math.nan),
 ]
 GPU_ROWS = [
     Row("gpu-step", "training, 124M, bf16, 12 x 1,024", "token", (gpu_steps, our_model), "nanoGPT",
@@ -683,25 +700,22 @@ def paired(ours, theirs, rounds):
 
 def judge(row, pairs, same):
     """Return (the ratio in words, whether the target is reached) of a row's rounds."""
-    if isinstance(row.target, str):
-        more = statistics.median(a.each - b.each for a, b in pairs)
-        return f"{more:+.2f} s", same and more <= float(row.target.split()[0])
     ratios = sorted(b.each / a.each for a, b in pairs)
     return (f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {len(ratios)})",
             same and statistics.median(ratios) >= row.target)
 
 
 def figure(found, unit):
-    """Return a side's median in words: seconds per step or start, or a rate."""
+    """Return a side's median in words: seconds per step, or a rate."""
     each = statistics.median(block.each for block in found)
-    if unit in ("step", "start"):
+    if unit == "step":
         return f"{each * 1000:.1f} ms" if each < 1 else f"{each:.2f} s"
     return f"{1 / each:,.{1 if each > 0.01 else 0}f} {unit}s/s".replace("MBs", "MB")
 
 
 def measure(row, quick):
     """Return the cells of a row's line in the table."""
-    target = f"+{row.target} at most" if isinstance(row.target, str) else f"{row.target:g}"
+    target = f"{row.target:g}"
     if absent := missing(row.needs):
         return [*key(row), "", "", f"not here: {', '.join(absent)}", target, "", "", ""]
     with tempfile.TemporaryDirectory() as folder:
@@ -717,7 +731,7 @@ def measure(row, quick):
     same, how = compare(*first, row.tolerance)
     ratio, reached = judge(row, pairs, same)
     memory = " / ".join(f"{found.peak / 1e6:,.0f}" + (f" ({found.state / 1e6:,.0f})" if found.state else "")
-                        for found in pairs[-1] if row.unit != "start")  # these start other processes
+                        for found in pairs[-1])
     return [*key(row), *(figure(found, row.unit) for found in zip(*pairs)),
             ratio, target, "yes" if reached else "**no**", how if same else f"**void**: {how}", memory]
 

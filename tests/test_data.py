@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -367,13 +368,93 @@ def test_another_zip_than_the_pinned_one_is_never_opened(offer, server, archive)
 
 def test_the_list_of_datasets_is_complete():
     """Every dataset has a license and a citation; a file has an address over TLS and a sha256, or the host's."""
-    assert list(data.DATASETS) == ["tinyworld", "verdict", "shakespeare", "stdlib", "sms_spam", "instructions", "alpaca",
-                                   "preferences", "hh_rlhf"]
+    assert list(data.DATASETS) == ["tinyworld", "verdict", "shakespeare", "tinystories", "tinystories_full",
+                                   "stdlib", "sms_spam", "instructions", "alpaca", "preferences", "hh_rlhf", "hellaswag"]
     for name, dataset in data.DATASETS.items():
         assert dataset.license and dataset.citation
         assert all(url.startswith("https://") for url in dataset.urls) and bool(dataset.urls) == bool(dataset.file)
-        assert len(dataset.sha256) == 64 or name in ("tinyworld", "stdlib", "hh_rlhf")
+        assert len(dataset.sha256) == 64 or name in ("tinyworld", "stdlib") or "unpinned" in dataset.citation or name == "hh_rlhf"
         assert len(dataset.zip_sha256) == (64 if dataset.urls and ".zip" in dataset.urls[0] else 0)
+
+
+STORY = "Once there was a {}.\n\nIt ran {} the hill."  # TinyStories' form: <|endoftext|> between stories, on a line
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    """Return (path, stories) of a made file in TinyStories' form, in a folder of its own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    items = [STORY.format(animal, way) for animal in ("fox", "dog", "été", "cat") for way in ("up", "down", "over")]
+    (tmp_path / "stories.txt").write_bytes(("\ufeff" + "\r\n<|endoftext|>\r\n".join(items).replace("\n\n", "\r\n\r\n")
+                                            + "\n<|endoftext|>\n\n<|endoftext|>").encode())
+    return "stories.txt", items
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40, 1 << 17])
+def test_a_separator_makes_documents_wherever_reading_pauses(stories, size):
+    """White space beside it goes, what is empty is no document; without it the file is one text."""
+    path, items = stories
+    groups = itertools.groupby(data.pieces(path, size, " <|endoftext|>\n"), key=lambda item: item[0])
+    found = [(number, "".join(piece for _, piece in group)) for number, group in groups]
+    assert found == list(enumerate(items))
+    assert list(data.texts(path, "<|endoftext|>")) == items and len(list(data.texts(path))) == 1
+    assert "".join(data.texts(path)).count("<|endoftext|>") == 13
+
+
+def test_token_files_of_stories_end_each_with_the_end_of_text(stories, gpt2_tokenizer, capsys):
+    """As tiktoken encodes each story by itself; without the separator it is plain characters, and a note counts them."""
+    import tiktoken
+
+    path, items = stories
+    folder = data.prepare(path, gpt2_tokenizer, "<|endoftext|>")
+    assert "stands" not in capsys.readouterr().err
+    encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    for part, some in (("train", items[:10]), ("val", items[10:])):
+        assert data.load_tokens(folder / f"{part}.bin").tolist() == [i for item in some for i in [*encode(item), 50256]]
+        assert data.token_info(folder / f"{part}.bin")["documents"] == len(some)
+    other = data.prepare(path, gpt2_tokenizer)
+    error = capsys.readouterr().err
+    assert "stories.txt: <|endoftext|> stands 13 times" in error and error.count("\n") == 1 and "--separator" in error
+    assert other != folder and 50256 not in data.load_tokens(other / "train.bin").tolist()
+
+
+def test_a_dataset_brings_its_separator_and_another_one_works_too(stories, monkeypatch, tmp_path):
+    """tinystories is read as stories; a mixture and records by lines do not confuse it; white space inside is refused."""
+    path, items = stories
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    shutil.copy(path, tmp_path / data.DATASETS["tinystories"].file)
+    assert list(data.texts("tinystories")) == items
+    assert data.DATASETS["tinystories_full"].max_bytes > 2_300_000_000
+    Path("other.txt").write_text("a b\n====\nc <|endoftext|> d\n====\n", encoding="utf-8")
+    assert list(data.texts("other.txt", "====")) == ["a b", "c <|endoftext|> d"]
+    Path("lines.jsonl").write_text('{"text": "a ==== b"}\n{"text": "c"}\n', encoding="utf-8")
+    assert list(data.texts("lines.jsonl", "====")) == ["a ==== b", "c"]
+    assert "====" not in "".join(data.texts("other.txt,stories.txt", "===="))
+    with pytest.raises(ValueError, match="'a b' must not hold white space"):
+        list(data.texts("other.txt", "a b"))
+
+
+PEAK = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import data
+from tokenizer import CharTokenizer
+data.prepare(sys.argv[2], CharTokenizer.train(["Once upon a time, there was 0123456789.\\n"]), "<|endoftext|>")
+print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024)"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_memory_is_flat_however_long_the_stories(tmp_path):
+    """Peak memory of preparing 10 MB beside that of 1 MB: less than 4 MiB more."""
+    story = "Once upon a time, there was 12345.\n" * 20 + "<|endoftext|>\n"
+    peaks = []
+    for size in (1_000_000, 10_000_000):
+        (tmp_path / "s.txt").write_text(story * (size // len(story)), encoding="utf-8")
+        done = subprocess.run([sys.executable, "-c", PEAK, str(Path(data.__file__).parent), "s.txt"], cwd=tmp_path,
+                              capture_output=True, text=True, check=True, timeout=600)
+        peaks.append(float(done.stdout))
+    assert peaks[1] - peaks[0] < 4, peaks
 
 
 @pytest.mark.parametrize("name", ["verdict", "shakespeare", "sms_spam", "instructions", "preferences"])

@@ -1,6 +1,7 @@
 """The model, generation and checkpoints, held against published values, torch's own layers and closed forms."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -345,7 +347,7 @@ def test_options_outside_their_range_are_refused():
 
 @pytest.mark.parametrize("wrong, said", [
     (dict(ids=torch.tensor([1, 2])), "int64"), (dict(ids=[[1, 2]]), "int64"), (dict(ids=torch.ones(1, 2)), "int64"),
-    (dict(ids=torch.tensor([[1, 50]])), "1 to 50; the model knows 0 to 49"), (dict(ids=torch.tensor([[-1]])), "-1 to -1"),
+    (dict(ids=torch.tensor([[1, 50]])), r"ids \[50\]; the model knows 0 to 49"), (dict(ids=torch.tensor([[-1]])), r"ids \[-1\]"),
     (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padding is on the left"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
     (dict(mask=torch.tensor([[1, 1], [0, 0]])), "padding is on the left"), (dict(num_samples=0), "num_samples=0"),
     (dict(max_new_tokens=-1), "max_new_tokens=-1")])
@@ -552,6 +554,171 @@ def test_a_stop_string_whose_characters_are_split_over_tokens_is_never_shown():
     decode = lambda ids: b"".join(tokens[i] for i in ids).decode("utf-8", "replace")  # noqa: E731
     assert "".join(gpt.stream_text(decode, range(4), [" 😀"])) == "Hi"
     assert "".join(gpt.stream_text(decode, range(4), [" 😁"])) == "Hi 😀 there"
+
+
+# --- int8
+
+
+needs_int8 = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no int8 product here")
+
+
+def int8_layer(weight, bias=None):
+    """Return a linear layer with this weight (out, in), in int8."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias
+    return gpt.int8_linears(nn.Sequential(layer))[0]
+
+
+@needs_int8
+@torch.no_grad()
+def test_an_int8_layer_multiplies_whole_numbers_exactly():
+    """Weights up to 127 and inputs up to 63 need no rounding; at the extremes no sum overflows; zeros stay zeros."""
+    torch.manual_seed(0)
+    weight, x = torch.randint(-127, 128, (70, 130)).float(), torch.randint(-63, 64, (2, 5, 130)).float()
+    weight[:, 0], x[..., 0], weight[0], x[0, 0], weight[1], x[0, 1] = 127, 63, 127, 63, 0, 0
+    bias = torch.randn(70)
+    assert torch.allclose(int8_layer(weight, bias)(x), x @ weight.T + bias, rtol=1e-6, atol=1e-2)  # of up to a million
+    assert torch.equal(int8_layer(weight)(x)[0, 1], torch.zeros(70))
+
+
+@needs_int8
+@torch.no_grad()
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+def test_the_error_of_an_int8_layer_has_the_bound_of_its_rounding(outlier):
+    """Half a step of each row's weights, a 252nd of each row's input step of max / 63; 1% of a row's norm in practice.
+
+    One large input, as GPT-2 has them, drowns neither the others nor other rows, which come out as they do alone."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 200), torch.randn(7, 200)
+    x[3] *= 1000
+    x[:, 5] *= outlier
+    layer = int8_layer(weight)
+    error, most = (layer(x) - x @ weight.T).abs(), weight.abs().amax(1)
+    bound = x.abs().sum(1, keepdim=True) * most / 254
+    bound = bound + x.abs().amax(1, keepdim=True) / (63 * 252) * (weight.abs().sum(1) + 200 * most / 254)
+    assert (error <= 1.001 * bound).all()
+    assert (error.norm(dim=1) / (x @ weight.T).norm(dim=1)).max() < 0.012
+    assert all(torch.equal(layer(x[i : i + 1])[0], layer(x)[i]) for i in range(7))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Return (model, ids of a text that it never saw) after 100 steps on the source of argparse, by characters."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    tokenizer = CharTokenizer.train([text])
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(tokenizer.vocab_size, 64, 64, 4, 2, 0.0, tie_weights=True))
+    ids, optimizer = torch.tensor(tokenizer.encode(text)), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    kept = ids[-len(ids) // 10 :]
+    windows = ids[: -len(kept)].unfold(0, 65, 32)
+    for step in range(100):
+        batch = windows[torch.randint(len(windows), (12,))]
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), kept
+
+
+@torch.no_grad()
+def mean_loss(model, ids):
+    """Return the mean loss over windows of 64 tokens."""
+    windows = ids[: len(ids) // 65 * 65].view(-1, 65)
+    return -gpt.token_logprobs(model(windows[:, :-1]), windows[:, :-1]).mean().item()
+
+
+@needs_int8
+def test_a_trained_model_in_int8_keeps_its_perplexity_and_its_greedy_words(trained):
+    """Perplexity within 1%, the likeliest next token the same at 98% of the places, most greedy texts the same."""
+    model, ids = trained
+    small, windows = gpt.int8_linears(copy.deepcopy(model)), ids[: len(ids) // 65 * 65].view(-1, 65)
+    loss = mean_loss(model, ids)
+    assert loss < 0.75 * math.log(model.config.vocab_size)  # it has learned something
+    assert abs(mean_loss(small, ids) - loss) < 0.01
+    with torch.no_grad():
+        assert (small(windows[:, :64]).argmax(-1) == model(windows[:, :64]).argmax(-1)).float().mean() > 0.98
+    prompts = windows[:40, :16]
+    ours, theirs = (generate(m, prompts, 24, temperature=0) for m in (small, model))
+    assert (ours == theirs).all(dim=1).float().mean() > 0.7
+    assert torch.equal(generate(small, prompts, 24, temperature=0), plain_greedy(small, prompts, 24))  # with the cache
+
+
+@needs_int8
+def test_an_int8_model_is_not_saved_and_keeps_a_finer_embedding(tmp_path):
+    """Its file could not be read. The tied embedding has more bits, the engine of other code is put back."""
+    engine = torch.backends.quantized.engine
+    before, ids = small_model(dtype=torch.float32), torch.randint(50, (2, 5))
+    model = gpt.int8_linears(copy.deepcopy(before))
+    assert torch.backends.quantized.engine == engine
+    assert not any(type(module) is nn.Linear for module in model.modules()) and model(ids).dtype == torch.float32
+    assert not any(parameter.dim() == 2 for name, parameter in model.named_parameters() if "emb" not in name)
+    assert torch.allclose(model.tok_emb(ids).float(), before.tok_emb(ids), rtol=1e-3)
+    with pytest.raises(ValueError, match="m.safetensors: int8 weights are for generation"):
+        gpt.save_checkpoint(tmp_path / "m.safetensors", model)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("missing", ["linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32", "engine"])
+def test_without_an_int8_product_the_model_stays_as_it_is_and_a_note_says_so(missing, monkeypatch, capsys):
+    """On Arm, or where a later torch has dropped an operation."""
+    model, ids = small_model(dtype=torch.float32), torch.randint(50, (2, 5))
+    before = model(ids)
+
+    def gone(*args):
+        if args[-1] != "none":  # the engine that is put back
+            raise RuntimeError("Didn't find engine for operation\nquantized::linear_prepack NoQEngine")
+
+    if missing == "engine":
+        monkeypatch.setattr(type(torch.backends.quantized), "engine", property(lambda self: "none", gone))
+    else:
+        monkeypatch.setattr(torch.ops.quantized, missing, gone)
+    assert torch.equal(gpt.int8_linears(model)(ids), before)
+    said = capsys.readouterr().err
+    assert said.startswith("note: no int8 here, so weights stay in float32") and said.count("\n") == 1
+
+
+@needs_int8
+def test_generate_takes_int8_and_prints_no_warning(tmp_path):
+    """Not even where warnings are errors."""
+    tokenizer = CharTokenizer.train(["abc ab ac"])
+    gpt.save_checkpoint(tmp_path / "m.safetensors", small_model(dtype=torch.float32, vocab_size=tokenizer.vocab_size),
+                        tokenizer)
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "gpt.py", "--int8", "--prompt", "ab", "--seed", "1",
+                           "--checkpoint", str(tmp_path / "m.safetensors")], cwd=os.path.dirname(gpt.__file__),
+                          capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("ab")
+
+
+MEMORY = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import gpt
+import torch
+gpt.keep_freed_memory()
+def used():
+    return int(re.search(r"VmRSS:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
+gpt.generate(gpt.GPTModel(gpt.GPTConfig(9, 8, 8, 2, 1)), torch.tensor([[1]]), 2)  # imports what is imported late
+before = used()
+model = gpt.load_checkpoint(sys.argv[2])[0]
+if sys.argv[3] == "int8":
+    gpt.int8_linears(model)
+gpt.generate(model, torch.tensor([[1, 2, 3]]), 4, temperature=0)
+print(used() - before)"""
+
+
+@needs_int8
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_gpt2_in_int8_holds_at_most_six_tenths_of_the_memory(tmp_path):
+    """GPT-2's 124M parameters: what the process holds after loading and generating, in float32 and in int8."""
+    torch.manual_seed(0)
+    gpt.save_checkpoint(tmp_path / "m.safetensors", GPTModel(gpt.GPT2))
+    plain, small = (float(subprocess.run([sys.executable, "-c", MEMORY, os.path.dirname(gpt.__file__),
+                                          tmp_path / "m.safetensors", kind], capture_output=True, text=True, check=True,
+                                         timeout=300).stdout) for kind in ("float32", "int8"))
+    assert plain > 470 and small < 0.6 * plain, (plain, small)
 
 
 # --- files

@@ -254,6 +254,117 @@ def test_evaluation_is_over_every_window_once(text, capsys):
     assert total / (len(tokens) - 1) == pytest.approx(summary["val_loss"], abs=1e-4)
 
 
+QUESTIONS = [
+    {"prompt": "the cat sat on", "choices": ["the mat", "a bird sang", "ran"], "answer": 0},
+    {"prompt": "the dog ran to ", "choices": ["barn", "red barn while"], "answer": "barn"},
+    {"ctx": "a bird", "endings": ["sang.", "sat on the dog", "the the", "mat mat mat"], "label": "2", "ind": 4}]
+
+
+def small_lm(path="m.safetensors", context=24):
+    """Save a random model with lively logits whose tokenizer knows the characters of the questions; return both."""
+    tokenizer = CharTokenizer.train([json.dumps(QUESTIONS)])
+    torch.manual_seed(3)
+    model = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, context, 16, 2, 2, 0.0, qkv_bias=True, tie_weights=True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)
+    gpt.save_checkpoint(path, model, tokenizer)
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def token_by_token(model, ids, n):
+    """Return the log-probability of the last n ids, each from a pass over what stands before it."""
+    return sum(torch.log_softmax(model(torch.tensor([ids[:t]]))[0, -1].double(), 0)[ids[t]].item()
+               for t in range(len(ids) - n, len(ids)))
+
+
+def test_multiple_choice_takes_the_likeliest_plainly_and_per_byte(tmp_path, monkeypatch, capsys):
+    """Scores by single tokens choose the same; both forms of a question, and a prompt longer than the context."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = small_lm()
+    Path("task.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS), encoding="utf-8")
+    found, hits = {}, {"accuracy": 0, "accuracy_per_byte": 0}
+    for prompt, choices, space, answer in (("the cat sat on", QUESTIONS[0]["choices"], " ", 0),
+                                           ("the dog ran to ", QUESTIONS[1]["choices"], "", 0),
+                                           ("a bird", QUESTIONS[2]["endings"], " ", 2)):
+        scores = []
+        for choice in choices:
+            ids = tokenizer.encode(prompt + space + choice)[-24:]
+            scores.append(token_by_token(model, ids, len(space + choice)))
+        assert train.choice_logprobs(model, tokenizer, prompt, choices) == pytest.approx(scores, abs=1e-4)
+        hits["accuracy"] += scores.index(max(scores)) == answer
+        per_byte = [score / len(choice) for score, choice in zip(scores, choices)]
+        hits["accuracy_per_byte"] += per_byte.index(max(per_byte)) == answer
+    monkeypatch.setattr(train, "evaluate_task", lambda *args, real=train.evaluate_task: found.update(real(*args)))
+    assert train.main(["evaluate", "--checkpoint", "m.safetensors", "--task", "task.jsonl"]) == 0
+    assert {name: found[name] * 3 for name in hits} == pytest.approx(hits)
+    assert found["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4) / 3) and found["questions"] == 3
+    assert found["accuracy_interval"] == train.wilson(hits["accuracy"], 3)
+    assert "of 3 questions" in capsys.readouterr().out
+
+
+def test_a_model_that_knows_the_answers_is_right_and_length_counts_per_byte():
+    """Each token "a" costs ln 2 and "b" ln 4: plainly a long row of a loses to one b, per byte it wins."""
+    class Known(torch.nn.Module):
+        config, device = gpt.GPTConfig(3, 16, 8, 2, 1), torch.device("cpu")
+
+        def forward(self, ids):
+            return torch.tensor([0.25, 0.5, 0.25]).log().expand(*ids.shape, 3)
+
+    class Letters:
+        eot_id = 0
+
+        def encode(self, text):
+            return [{"a": 1, "b": 2}[letter] for letter in text]
+
+    scores = train.choice_logprobs(Known(), Letters(), "", ["b", "aaaa"])
+    assert scores == pytest.approx([-math.log(4), -4 * math.log(2)], abs=1e-5)
+    found = train.evaluate_task(Known(), Letters(), [{"prompt": "", "choices": ["b", "aaaa"], "answer": 1}] * 5)
+    assert (found["accuracy"], found["accuracy_per_byte"], found["chance"]) == (0, 1, 0.5)
+
+
+@pytest.mark.parametrize("line, said", [
+    ({"prompt": "a", "choices": ["b"], "answer": 0}, "'choices' must be a list of two texts or more"),
+    ({"prompt": "a", "choices": ["b", " "], "answer": 0}, "none empty"),
+    ({"prompt": "a", "choices": "bc", "answer": 0}, "list"),
+    ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, "'answer' must be one of the choices or its number, 0 to 1, not"),
+    ({"prompt": "a", "choices": ["b", "c"]}, "not None"), ({"choices": ["b", "c"], "answer": 0}, "'prompt' is missing"),
+    ({"ctx": "a", "endings": ["b", "c"], "label": "x"}, "'label' must be"),
+    ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "True"),
+    ({"prompt": "a", "choices": ["the cat " * 5, "c"], "answer": 1}, "does not fit into the context")])
+def test_a_question_that_cannot_be_scored_is_one_line(line, said, tmp_path, monkeypatch, capsys):
+    """With the line of the file, or the choice."""
+    monkeypatch.chdir(tmp_path)
+    small_lm()
+    Path("task.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n" + json.dumps(line), encoding="utf-8")
+    assert train.main(["evaluate", "--checkpoint", "m.safetensors", "--task", "task.jsonl"]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+    assert "task.jsonl line 2" in error or "context" in error
+
+
+@pytest.mark.peer
+def test_choices_are_as_likely_as_to_transformers(tmp_path):
+    """On a random GPT-2, exported: the loss of transformers' model over the choice's tokens, times their number."""
+    transformers = pytest.importorskip("transformers")
+    from gpt2_weights import export_gpt2
+
+    model, tokenizer = small_lm(tmp_path / "m.safetensors", context=64)
+    export_gpt2(model, tmp_path / "hf")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    for question in QUESTIONS[:2]:
+        prompt, space = question["prompt"], " " * (question["prompt"][-1] != " ")
+        expected = []
+        for choice in question["choices"]:
+            ids = torch.tensor([tokenizer.encode(prompt + space + choice)])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            with torch.no_grad():
+                expected.append(-theirs(ids, labels=labels).loss.item() * len(space + choice))
+        assert train.choice_logprobs(model, tokenizer, prompt, question["choices"]) == pytest.approx(expected, abs=1e-4)
+
+
 def test_accumulation_changes_nothing_but_rounding(text):
     """Batches of 4 computed at once, in 2 and in 4 pieces end with the same loss."""
     losses = [pretrain("--max_steps", 8, "--accumulate", n, "--out_dir", "out/pretrain", "--fresh")["val_loss"]
