@@ -868,30 +868,20 @@ def pad_left(sequences, pad_id):
 # ---------------------------------------------------------------------------------------------------------------------
 # tinyworld: a small consistent world, generated, seen four ways, and scored exactly.
 #
-#   words  ->  rules (plural, past tense, passive, a + b)  ->  tables of templates  ->  corpus        stories in prose
-#                                                                                       messages      spam or ham
-#                                                                                       instructions  question, answer
-#                                                                                       preferences   the better of two
+#   words  ->  facts (tables) and rules (plural, past, passive, a + b)  ->  corpus        prose and dialogue
+#                                                                           messages      spam or ham
+#                                                                           instructions  question, answer
+#                                                                           preferences   the better of two
 #
-# Words. Some 600 English ones in compact strings, and 255 invented ones ("blick", "zindle") that follow every rule:
-# a model that forms the plural of a word that does not exist has learned the rule and not the list.
-# Rules. Every answer is computed, never stored, and is one sentence or word that ends with a full stop. The same
-# function makes the answer of an example and recomputes it, from the bare text of a prompt, in `gold_score`.
-# Tables. What a reader may want to change stands in tables of one template a line: TASKS (the questions), BEATS (the
-# sentences of stories), MESSAGES, MANNERS. A slot is written {like_this}.
-#
-# What is held out. `split_of(key)`, a checksum and no random number, sends each key to train, val or test forever, in
-# all views and under all seeds:
-#   - sums, sets of numbers, measures, sentences, stories and lists: the key is the thing itself;
-#   - kinds about one word (plural, past, opposite, synonym, spelling, case, fact): the key is the word together with
-#     the phrasing, so that a test question asks for a known word in words it was never asked in;
-#   - and of these words one in eight is `unseen` in a kind: training never asks for it. Results on these stand apart.
-# The corpus shows only what falls to train, and of unseen words no form that a rule makes. Knowledge, which no rule
-# yields (where a fox lives, what an opposite is, that a goose becomes geese), it tells of every word, in prose: there
-# only the question is held out, and an answer to it has to come from pretraining.
-#
-# Manners. An answer comes bare, courteous, curt or rambling: phrases around it that `strip_manner` removes.
-# The hidden rubric of the preferences (`gold_score`) wants it right first, then courteous, complete and not padded.
+# Facts: 264 of people and animals, 78 opposites, 62 synonyms, each told in four phrasings. One phrasing in four of every
+# fact never stands in the corpus: a model that completes it knows the fact and not the sentence.
+# Rules: English and invented words ("blick", "zindle") follow them: who can form the plural of a word that does not
+# exist has learned the rule and not the list. Answers are computed from the bare text of a prompt, never stored.
+# Held out: `split_of(key)`, a checksum and no random number, sends each key to train, val or test forever, in all views:
+# sums, sets of numbers, measures and sentences by themselves, in any phrasing; questions about one word by word and
+# phrasing. Of some words tuning never asks (`unseen`): of half of the animals and people, whose facts the corpus tells
+# all the same, and of one in eight of other words.
+# One more kind of question is a row of TASKS and of ANSWERS, and a function in ASK where it is not about one word.
 
 
 def split_of(*key):
@@ -906,110 +896,81 @@ def _table(text):
     return {row[0]: tuple(row[1:]) for row in rows}
 
 
-# People: name, pronoun, job, town.
+def _rows(text):
+    """{name: [template, ...]} of a table with rows `name: template | template`."""
+    rows = [row.split(": ", 1) for row in text.strip().replace("\n  ", " ").split("\n")]
+    return {name: templates.split(" | ") for name, templates in rows}
+
+
+# People: name, pronoun, job, town, pet, favorite food.
 PEOPLE = _table("""
-Tom:he:baker:Bramley Ann:she:nurse:Corfe Ben:he:miller:Dunmore Mia:she:pilot:Elmsby Leo:he:potter:Fairhill
-Eva:she:doctor:Garston Sam:he:farmer:Holt Ida:she:painter:Ivybridge Max:he:sailor:Kestrel Zoe:she:singer:Lowick
-Paul:he:teacher:Marsden Ruth:she:weaver:Norwell Jack:he:cobbler:Corfe Lily:she:gardener:Bramley Hugo:he:tailor:Elmsby
-Nora:she:judge:Dunmore Finn:he:drummer:Garston Rosa:she:cook:Fairhill Otto:he:plumber:Ivybridge Emma:she:writer:Holt
-Karl:he:barber:Lowick Vera:she:dentist:Kestrel Owen:he:shepherd:Norwell Jane:she:clerk:Marsden Dan:he:juggler:Elmsby
-Lucy:she:dancer:Corfe Peter:he:guard:Fairhill Alice:she:hunter:Garston
+Tom:he:baker:Bramley:cat:plums Ann:she:nurse:Corfe:dog:figs Ben:he:miller:Dunmore:hen:nuts Mia:she:pilot:Elm:parrot:eggs
+Leo:he:potter:Fairhill:goat:soup Eva:she:doctor:Garston:duck:pears Sam:he:farmer:Holt:horse:cake
+Ida:she:painter:Ivybridge:rabbit:grapes Max:he:sailor:Kestrel:goose:melons Zoe:she:singer:Lowick:pony:pies
+Paul:he:teacher:Marsden:frog:beans Ruth:she:weaver:Norwell:sheep:bread Jack:he:cobbler:Corfe:crab:olives
+Lily:she:gardener:Bramley:bee:lemons Hugo:he:tailor:Elm:hamster:rice Nora:she:judge:Dunmore:owl:peas
+Finn:he:drummer:Garston:mouse:waffles Rosa:she:cook:Fairhill:pig:dates Otto:he:plumber:Ivybridge:swan:corn
+Emma:she:writer:Holt:cow:berries Karl:he:barber:Lowick:donkey:cheese Vera:she:dentist:Kestrel:snail:toast
+Owen:he:shepherd:Norwell:wolf:honey Jane:she:clerk:Marsden:hedgehog:apples Dan:he:juggler:Elm:monkey:carrots
+Lucy:she:dancer:Corfe:squirrel:noodles Peter:he:guard:Fairhill:spider:onions Alice:she:hunter:Garston:fox:cherries
+Rita:she:tailor:Bramley:bat:pancakes Carl:he:pilot:Dunmore:turtle:tomatoes Nick:he:cook:Holt:lizard:muffins
+Fay:she:farmer:Lowick:pigeon:salad Gwen:she:baker:Norwell:raven:potatoes
 """)
-# Animals: name, home, food. The homes are such that "lives" goes before them.
+# Animals: name, home, food, young, color.
 ANIMALS = _table("""
-fox:in_a_den:mice bee:in_a_hive:nectar horse:in_a_stable:hay owl:in_a_tree:mice rabbit:in_a_burrow:clover
-dog:in_a_kennel:bones cow:in_a_barn:grass hen:in_a_coop:corn duck:on_a_pond:bread pig:in_a_sty:turnips
-spider:in_a_web:flies snail:in_a_shell:lettuce bear:in_a_cave:honey camel:in_the_desert:dates
-monkey:in_the_jungle:bananas seal:on_the_ice:fish whale:in_the_sea:shrimps eagle:on_a_cliff:snakes
-beaver:in_a_lodge:bark mole:under_the_lawn:worms goat:on_a_hill:thistles cat:in_a_house:fish parrot:in_a_cage:seeds
-squirrel:in_an_oak:nuts frog:in_a_swamp:flies swan:on_a_lake:reeds lion:in_the_grassland:zebras
-tiger:in_the_jungle:deer panda:in_a_forest:bamboo crab:on_a_beach:seaweed hedgehog:under_a_hedge:slugs
-bat:in_an_attic:moths donkey:in_a_stable:carrots wolf:in_a_cave:sheep mouse:in_a_hole:cheese goose:on_a_pond:grass
-sheep:in_a_fold:clover
+fox:in_a_den:mice:cub:red bee:in_a_hive:nectar:grub:yellow horse:in_a_stable:hay:foal:brown owl:in_a_tree:rats:owlet:gray
+rabbit:in_a_burrow:clover:kit:white dog:in_a_kennel:bones:puppy:brown cow:in_a_barn:grass:calf:white
+hen:in_a_coop:corn:chick:red duck:on_a_pond:bread:duckling:green pig:in_a_sty:turnips:piglet:pink
+bear:in_a_cave:honey:cub:black camel:in_the_desert:dates:calf:brown monkey:in_the_jungle:bananas:baby:brown
+seal:on_the_ice:fish:pup:gray whale:in_the_sea:shrimps:calf:blue eagle:on_a_cliff:snakes:eaglet:brown
+beaver:in_a_lodge:bark:kit:brown mole:under_the_lawn:worms:pup:black goat:on_a_hill:thistles:kid:white
+cat:in_a_house:fish:kitten:black parrot:in_a_cage:seeds:chick:green squirrel:in_an_oak:nuts:kit:red
+frog:in_a_swamp:flies:tadpole:green swan:on_a_lake:reeds:cygnet:white lion:in_the_grassland:zebras:cub:yellow
+tiger:in_the_jungle:deer:cub:orange panda:in_a_forest:bamboo:cub:black hedgehog:under_a_hedge:slugs:hoglet:brown
+bat:in_an_attic:moths:pup:black wolf:in_a_cave:sheep:pup:gray goose:on_a_pond:grass:gosling:gray
+sheep:in_a_fold:clover:lamb:white crab:on_a_beach:seaweed:baby:red
 """)
 OBJECTS = """
 ball kite cup lamp drum bell rope box key hat coat book chair table clock spoon fork plate bottle basket candle brush
-bucket button carpet coin comb crown cushion dish doll door feather flag flute glove guitar hammer helmet jar jug
-kettle ladder letter map mirror mug nail needle net oar pan paper pen pencil piano picture pillow pipe pot purse
-puzzle quilt ribbon ring rug sack saddle saw shoe shovel sock sofa stamp stick stool stove suitcase sword tent ticket
-towel toy tray trumpet umbrella vase violin wagon wallet wheel whistle window bench blanket boat boot bowl broom cart
-chain chest curtain dress engine envelope hook horn kilt lantern magnet marble mat medal necklace paddle parcel rake
-raft robe sail shawl shirt sled statue string tie trolley torch wig knife shelf scarf
+button coin comb crown doll flag flute hammer jar kettle ladder letter map mirror net pan pencil pillow pot ring shoe toy wagon wheel boat
 """.split()
-FOODS = """
-apple pear plum egg cake pie bun carrot potato tomato onion nut fig lemon melon cherry peach sandwich pancake biscuit
-sausage bean waffle olive grape radish turnip pickle muffin dumpling noodle pepper berry mango tart loaf
-""".split()
-PLACES = """
-market mill school river bridge church harbour station library bakery museum park shop farm castle tower beach lake
-stable theatre bank workshop hotel gate square pier fountain fair inn office zoo well forge cinema hospital palace
-dairy laundry airport
-""".split()
-COLOURS = "red blue green yellow white black brown grey pink purple orange golden".split()
-IRREGULAR = {word: plural for word, (plural,) in _table("""
-mouse:mice goose:geese man:men woman:women child:children foot:feet tooth:teeth ox:oxen louse:lice leaf:leaves
-wolf:wolves knife:knives loaf:loaves shelf:shelves wife:wives thief:thieves calf:calves half:halves scarf:scarves
-sheep:sheep moose:moose potato:potatoes tomato:tomatoes hero:heroes echo:echoes postman:postmen person:people
-mango:mangoes
+FOODS = "apple pear plum egg cake pie bun carrot onion nut fig lemon melon cherry sandwich pancake bean grape".split()
+PLACES = "market mill school river bridge church harbor station library bakery museum park shop farm castle".split()
+COLORS = "red blue green yellow white black brown gray pink orange".split()
+IRREGULAR = {noun: plural for noun, (plural,) in _table("""
+mouse:mice goose:geese man:men woman:women child:children foot:feet tooth:teeth ox:oxen leaf:leaves wolf:wolves
+knife:knives loaf:loaves shelf:shelves wife:wives thief:thieves calf:calves sheep:sheep potato:potatoes tomato:tomatoes
+hero:heroes person:people
 """).items()}
 # Verbs: base, past, participle where they differ from the regular form; by what they are done to.
 VERBS = {group: _table(text) for group, text in {
-    "food": """
-eat:ate:eaten cook bake taste cut:cut:cut peel fry slice boil buy:bought:bought sell:sold:sold share
-steal:stole:stolen serve grow:grew:grown order burn hide:hid:hidden chew swallow
-""",
+    "food": "eat:ate:eaten cook bake taste cut:cut:cut peel slice boil buy:bought:bought sell:sold:sold share",
     "thing": """
 carry lose:lost:lost find:found:found break:broke:broken paint clean wash drop:dropped:dropped lift push pull kick
-throw:threw:thrown catch:caught:caught hold:held:held take:took:taken mend repair borrow draw:drew:drawn fix touch
-count move drag:dragged:dragged weigh polish collect shake:shook:shaken bend:bent:bent pack roll wrap:wrapped:wrapped
-choose:chose:chosen send:sent:sent hang:hung:hung lend:lent:lent tear:tore:torn win:won:won build:built:built
+throw:threw:thrown hold:held:held take:took:taken mend draw:drew:drawn move polish choose:chose:chosen
 """,
-    "animal": """
-chase feed:fed:fed follow help see:saw:seen hear:heard:heard watch visit greet hug:hugged:hugged lead:led:led
-teach:taught:taught call know:knew:known forget:forgot:forgotten like love fear trust bite:bit:bitten ride:rode:ridden
-meet:met:met keep:kept:kept
-""",
-    "none": """
-go:went:gone run:ran:run sit:sat:sat sing:sang:sung sleep:slept:slept swim:swam:swum walk jump dance laugh smile play
-cry fly:flew:flown fall:fell:fallen rise:rose:risen speak:spoke:spoken dream wait climb arrive rest shout whisper
-listen talk travel return wander sneeze yawn snore nod:nodded hop:hopped skip:skipped clap:clapped stand:stood:stood
-think:thought:thought swing:swung:swung creep:crept:crept weep:wept:wept stay work hurry write:wrote:written
-read:read:read begin:began:begun come:came:come drink:drank:drunk drive:drove:driven fight:fought:fought
-freeze:froze:frozen kneel:knelt:knelt leave:left:left say:said:said shine:shone:shone sink:sank:sunk spend:spent:spent
-sweep:swept:swept tell:told:told wake:woke:woken wear:wore:worn give:gave:given bring:brought:brought
-""",
+    "animal": "chase feed:fed:fed follow help see:saw:seen hear:heard:heard watch greet hug:hugged:hugged lead:led:led",
 }.items()}
 OPPOSITES = _table("""
 hot:cold big:small happy:sad fast:slow old:new tall:short heavy:light dark:bright full:empty rich:poor hard:soft
 loud:quiet clean:dirty wet:dry near:far high:low deep:shallow early:late open:closed strong:weak sweet:sour
 rough:smooth brave:timid kind:cruel true:false safe:dangerous cheap:expensive first:last up:down before:after
-always:never push:pull buy:sell give:take win:lose laugh:cry rise:fall friend:enemy day:night summer:winter north:south
-east:west top:bottom love:hate war:peace alive:dead front:back left:right
+always:never push:pull buy:sell give:take win:lose friend:enemy day:night summer:winter north:south top:bottom
 """)
 SYNONYMS = _table("""
-large:huge little:tiny quick:rapid glad:cheerful begin:commence angry:cross clever:smart ill:sick odd:strange
-silent:still nice:pleasant pretty:lovely easy:simple difficult:tricky talk:chat mend:fix gift:present road:street
-sea:ocean boat:ship house:home seat:chair rug:carpet pail:bucket hat:cap path:trail stream:brook error:mistake
-journey:trip tale:story job:task prize:award rabbit:bunny baby:infant help:aid wish:desire throw:toss tasty:delicious
-correct:accurate damp:moist calm:peaceful lazy:idle sleepy:drowsy lucky:fortunate
+large:huge little:tiny quick:rapid glad:cheerful begin:start angry:cross clever:smart ill:sick odd:strange silent:still
+nice:pleasant pretty:lovely easy:simple difficult:tricky gift:present road:street sea:ocean boat:ship house:home
+rug:carpet pail:bucket error:mistake journey:trip tale:story job:task rabbit:bunny baby:infant help:aid wish:desire
+throw:toss
 """)
 # Measures: the bigger unit, how many of the smaller one it holds, the smaller one.
 UNITS = _table("""
-hour:60:minute minute:60:second week:7:day year:12:month decade:10:year century:100:year foot:12:inch yard:3:foot
-metre:100:centimetre centimetre:10:millimetre kilometre:1000:metre kilogram:1000:gram litre:1000:millilitre
-dollar:100:cent dime:10:cent gallon:4:quart dozen:12:egg pair:2:shoe tonne:1000:kilogram decimetre:10:centimetre
-kilowatt:1000:watt kilobyte:1000:byte megabyte:1000:kilobyte franc:100:centime
+meter:100:centimeter centimeter:10:millimeter kilometer:1000:meter kilogram:1000:gram liter:1000:milliliter
+dollar:100:cent dime:10:cent decade:10:year century:100:year
 """)
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
 # Invented words: every start with every end.
 STARTS = "bli dra fle glu gri klo kru nu pla sko smi tre vo wu zi".split()
-INVENTED_NOUNS = [start + end for start in STARTS for end in "ck lp mmel bbin ndle ffet stow rb zz tch bby".split()]
-INVENTED_VERBS = [start + end for start in STARTS for end in "rn rf mple zzer nny sk".split()]
-INVENTED = {*INVENTED_NOUNS, *INVENTED_VERBS}
-
-
-# Rules.
+INVENTED = [start + end for start in STARTS for end in "ck lp mmel bbin ndle ffet stow rb bby nny sk".split()]
 
 
 def with_s(word):
@@ -1041,58 +1002,46 @@ def article(noun):
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def irregular(kind, word):
-    """True for a plural or past tense that no rule makes."""
-    return word in IRREGULAR if kind == "plural" else kind == "past" and PAST[word] != with_ed(word)
+NOUNS = list(dict.fromkeys([*ANIMALS, *OBJECTS, *FOODS, *PLACES, *IRREGULAR]))
+PAST = {verb: forms[0] if forms else with_ed(verb) for group in VERBS.values() for verb, forms in group.items()}
+PARTICIPLE = {verb: forms[1] for group in VERBS.values() for verb, forms in group.items() if len(forms) > 1}
+FACTS = {}  # (relation, word): what is true of it
+for _name, (_, _job, _town, _pet, _likes) in PEOPLE.items():
+    FACTS.update({("job", _name): article(_job), ("town", _name): _town, ("pet", _name): article(_pet),
+                  ("likes", _name): _likes})
+for _name, (_home, _food, _young, _color) in ANIMALS.items():
+    FACTS.update({("home", _name): _home, ("food", _name): _food, ("young", _name): article(_young),
+                  ("color", _name): _color})
+WORDS = {  # what the kinds about one word ask for
+    "fact": list(FACTS),
+    "opposite": [word for pair in OPPOSITES.items() for word in (pair[0], *pair[1])],
+    "synonym": [word for pair in SYNONYMS.items() for word in (pair[0], *pair[1])],
+    "plural": [*NOUNS, *INVENTED],
+}
+for _kind in ("opposite", "synonym"):
+    for _one, _other in zip(WORDS[_kind][::2], WORDS[_kind][1::2]):
+        FACTS.update({(_kind, _one): _other, (_kind, _other): _one})
+FACTORS = {(plural(big), plural(small)): (int(n), 1) for big, (n, small) in UNITS.items()}  # 3 meters: 3 * 100 / 1
+FACTORS.update({(small, big): (1, n) for (big, small), (n, _) in FACTORS.items()})
+ACTED_ON = {"food": FOODS, "animal": list(ANIMALS), "thing": OBJECTS}  # what the verbs of each group are done to
+PASSIVE = {form: (be, PARTICIPLE.get(verb, PAST[verb])) for group in ACTED_ON for verb in VERBS[group]
+           for form, be in ((with_s(verb), ("is", "are")), (PAST[verb], ("was", "were")))}
+PLURALS = {plural(noun) for noun in NOUNS} - {*NOUNS}
 
 
 def unseen(kind, word):
-    """True for the one word in eight that training never asks for in this kind.
+    """True where tuning never asks for a word in this kind: one in eight, and every second animal and person.
 
-    Regular English plurals and pasts are never unseen, as stories cannot do without them; invented ones may be."""
-    if kind in ("plural", "past") and word not in INVENTED and not irregular(kind, word):
-        return False
-    return zlib.crc32(f"unseen|{kind}|{word}".encode()) % 8 == 0
+    Regular English plurals are never unseen, as prose cannot do without them; invented ones may be."""
+    if kind == "fact":
+        return zlib.crc32(f"untaught|{word[1]}".encode()) % 2 == 0
+    regular = kind == "plural" and word not in INVENTED and word not in IRREGULAR
+    return not regular and zlib.crc32(f"unseen|{kind}|{word}".encode()) % 8 == 0
 
 
 def shown(kind, word):
-    """True where a text may show what a kind makes of a word: it is not held out, or it is no rule that makes it."""
-    return irregular(kind, word) or not unseen(kind, word)
-
-
-NOUNS = list(dict.fromkeys([*ANIMALS, *OBJECTS, *FOODS, *PLACES, *(job for _, job, _ in PEOPLE.values()), *IRREGULAR]))
-TOWNS = sorted({town for _, _, town in PEOPLE.values()})
-PAST = {verb: forms[0] if forms else with_ed(verb) for group in VERBS.values() for verb, forms in group.items()}
-PAST.update({verb: with_ed(verb) for verb in INVENTED_VERBS})
-PARTICIPLE = {verb: forms[1] for group in VERBS.values() for verb, forms in group.items() if len(forms) > 1}
-OPPOSITE = {x: y for a, (b,) in OPPOSITES.items() for x, y in ((a, b), (b, a))}
-SYNONYM = {x: y for a, (b,) in SYNONYMS.items() for x, y in ((a, b), (b, a))}
-FACTS = {("home", animal): home for animal, (home, _) in ANIMALS.items()}
-FACTS.update({("food", animal): food for animal, (_, food) in ANIMALS.items()})
-FACTS.update({("job", name): job for name, (_, job, _) in PEOPLE.items()})
-FACTS.update({("town", name): town for name, (_, _, town) in PEOPLE.items()})
-NEXT = [pair for row in (DAYS, MONTHS) for pair in zip(row, row[1:] + row[:1])]
-FACTS.update({("next", now): then for now, then in NEXT})
-FACTORS = {(plural(big), plural(small)): (int(n), 1) for big, (n, small) in UNITS.items()}  # 3 hours: 3 * 60 / 1
-FACTORS.update({(small, big): (1, n) for (big, small), (n, _) in FACTORS.items() if n in (10, 100, 1000)})
-SPELT = [word for word in [*ANIMALS, *FOODS, *COLOURS, *INVENTED_NOUNS] if len(word) < 7]
-WORDS = {  # what the kinds about one word ask for
-    "plural": [*NOUNS, *INVENTED_NOUNS],
-    "past": list(PAST),
-    "opposite": list(OPPOSITE),
-    "synonym": list(SYNONYM),
-    "spelling": SPELT,
-    "case": SPELT,
-    "fact": list(FACTS),
-}
-ACTED_ON = {  # what the verbs of each group are done to
-    "food": FOODS, "animal": list(ANIMALS),
-    "thing": OBJECTS + INVENTED_NOUNS[::3], "invented": OBJECTS + INVENTED_NOUNS[1::3],
-}
-ACTIONS = {group: [verb for verb in VERBS.get(group, INVENTED_VERBS) if shown("past", verb)] for group in ACTED_ON}
-PASSIVE = {form: (be, PARTICIPLE.get(verb, PAST[verb])) for verbs in ACTIONS.values() for verb in verbs
-           for form, be in ((with_s(verb), ("is", "are")), (PAST[verb], ("was", "were")))}
-PLURALS = {plural(noun) for noun in WORDS["plural"]} - set(WORDS["plural"])
+    """True where the corpus may show what a kind makes of a word: all but plurals of unseen words by the rule."""
+    return kind != "plural" or word in IRREGULAR or not unseen(kind, word)
 
 
 def passive(sentence):
@@ -1104,169 +1053,171 @@ def passive(sentence):
     return capital(" ".join([*done_to, be[done_to[-1] in PLURALS], participle, "by", subject])) + "."
 
 
-def follow(story):
-    """Three dicts, who has each thing, its colour, and where each person is, at the end of a story."""
-    owner, colour, place = {}, {}, {}
-    for words in (sentence.rstrip(".").split() for sentence in story.split(". ")):
-        if words[1] == "gave":
-            owner[words[3]] = words[5]
-        elif words[-3] == "at":
-            place[words[0]] = words[-1]
-        else:
-            owner[words[-1]], colour[words[-1]] = words[0], words[-2]
-    return owner, colour, place
+# Facts as prose: by relation, sentences that end with what is true of {x}.
+TOLD = _rows("""
+home: The {x} lives {y}. | The home of the {x} is {y}. | At night the {x} sleeps {y}. | You can find the {x} {y}.
+food: The {x} eats {y}. | The food of the {x} is {y}. | A hungry {x} looks for {y}. | What the {x} wants to eat is {y}.
+young: A young {x} is called {y}. | The child of the {x} is {y}. | The mother {x} calls for her little one, {y}.
+  | A baby {x} has a name of its own, {y}.
+color: The color of the {x} is {y}. | Paint the {x} {y}. | In the picture the {x} is all {y}. | The coat of the {x} looks {y}.
+job: {x} works as {y}. | The job of {x} is that of {y}. | Everybody knows {x}, who is {y}. | All day long {x} is busy as {y}.
+town: {x} lives in {y}. | The home town of {x} is {y}. | The house of {x} stands in {y}. | A letter for {x} goes to {y}.
+pet: {x} has a pet, {y}. | The pet of {x} is {y}. | At home {x} keeps {y}. | {x} went for a walk with {y}.
+likes: {x} likes {y}. | The favorite food of {x} is {y}. | For lunch {x} wants {y}. | {x} can never eat enough {y}.
+opposite: The opposite of {x} is {y}. | The word {x} is the reverse of {y}. | If it is not {x}, it is {y}.
+  | Somebody says {x}, somebody else says the contrary, {y}.
+synonym: Another word for {x} is {y}. | The word {x} means the same as {y}. | Instead of {x} you can say {y}.
+  | A synonym of {x} is {y}.
+""")
 
 
-def told(story, thing=None, name=None, asked="who"):
-    """What a story says at its end: who has a thing, its colour, what a person has, or where a person is.
-
-    In a sentence that names first what was asked about: so a model looks that up in the story and goes on from there.
-    Asked for the bare name or colour, small models stayed at chance between two owners after 20,000 examples."""
-    owner, colour, place = follow(story)
-    if asked == "what":
-        things = [thing for thing in owner if owner[thing] == name] or [owner[name]]  # a KeyError if there are none
-        return f"{name} has " + " and ".join(article(f"{colour[thing]} {thing}") for thing in things)
-    if asked == "where":
-        return f"{name} is at the {place[name]}"
-    return f"The {thing} is with {owner[thing]}" if asked == "who" else f"The {thing} is {colour[thing]}"
+def tells(relation, word, number):
+    """True unless phrasing `number`, 0 to 3, is the one of this fact that never stands in the corpus."""
+    return zlib.crc32(f"{relation}|{word}".encode()) % 4 != number
 
 
-def numbers_in(text):
-    """The numbers of a text."""
-    return [int(number) for number in re.findall(r"\d+", text)]
+def beginnings(told):
+    """[(kind, beginning, end)] of all sentences about facts that the corpus may tell, or that it never tells.
+
+    Kind is fact, opposite or synonym. Example: ("fact", "The fox lives", "in a den.")."""
+    return [(relation if relation in WORDS else "fact", template.partition(" {y}")[0].format(x=word), f"{true}.")
+            for (relation, word), true in FACTS.items() for number, template in enumerate(TOLD[relation])
+            if tells(relation, word, number) == told]
 
 
-ANSWERS = {  # by kind: from what is asked and the slots of a line of TASKS to the answer, without its full stop
-    "passive": lambda asked, sentence: passive(sentence)[:-1],
-    "synonym": lambda asked, word: SYNONYM[word],
-    "opposite": lambda asked, word: OPPOSITE[word],
-    "plural": lambda asked, word: plural(word),
-    "past": lambda asked, word: PAST[word],
-    "spelling": lambda asked, word: " ".join(word),
-    "case": lambda asked, word: word.upper() if asked == "upper" else word.lower(),
-    "convert": lambda asked, n, big, small: f"{int(n) * FACTORS[big, small][0] // FACTORS[big, small][1]} {small}",
-    "compare": lambda asked, numbers: (max if asked == "largest" else min)(numbers_in(numbers)),
-    "count": lambda asked, items: sum(asked == "words" or item in ANIMALS for item in items.split(", ")),
-    "add": lambda asked, a, b, **others: int(a) + int(b),
-    "story": lambda asked, **slots: told(asked=asked, **slots),
+def true_facts(text):
+    """(true, all) of the sentences in a text that are phrased as facts about words of this world."""
+    count, ends = Counter(), {begin: end for told in (True, False) for _, begin, end in beginnings(told)}
+    for sentence in re.findall(r"[A-Z][^.\n]*\.", text):
+        for begin in (sentence[:place] for place in range(len(sentence)) if sentence[place] == " "):
+            if begin in ends:
+                count[sentence == f"{begin} {ends[begin]}"] += 1
+    return count[True], count.total()
+
+
+ANSWERS = {  # by kind: from what is asked and the slots of a template of TASKS to the answer
     "fact": lambda asked, word: FACTS[asked, word],
+    "opposite": lambda asked, word: FACTS["opposite", word],
+    "synonym": lambda asked, word: FACTS["synonym", word],
+    "plural": lambda asked, word: plural(word),
+    "passive": lambda asked, sentence: passive(sentence)[:-1],
+    "convert": lambda asked, n, big, small: f"{int(n) * FACTORS[big, small][0] // FACTORS[big, small][1]} {small}",
+    "add": lambda asked, a, b, **others: int(a) + int(b),
+    "greeting": lambda asked, **slots: REPLIES[asked],
+}
+UNKNOWN = "I do not know that"
+REPLIES = {
+    "hello": "Hello! Ask me about animals, people, words or numbers",
+    "who": "I am a very small language model",
+    "can": "I know animals and people, I can change words, and I can add",
+    "how": "I am fine, and I wait for a question",
+    "thanks": "You are welcome",
+    "bye": "Goodbye! Come back soon",
 }
 
-# Questions: kind (and what is asked), instruction, and after a slash the input, which gets a line of its own.
-TASKS = """
-passive: Rewrite this sentence in the passive voice. / {sentence}
-passive: Turn the sentence round, into the passive. / {sentence}
-passive: Say this in the passive: {sentence}
-passive: Who did it comes last. Write the sentence again. / {sentence}
-synonym: What is another word for {word}?
-synonym: Find a word with the same meaning. / {word}
-synonym: Which word means the same as {word}?
-synonym: I do not want to say {word} again. What else can I say?
-opposite: What is the opposite of {word}?
-opposite: Find a word with the opposite meaning. / {word}
-opposite: Not {word}, but the very opposite: what is the word?
-opposite: Which word says the reverse of {word}?
-plural: What is the plural of {word}?
-plural: Give the plural of this noun. / {word}
-plural: What do you call more than one {word}?
-plural: Here is one {word}, and there is a second one. Two what?
-past: What is the past tense of {word}?
-past: Put this verb into the past tense. / {word}
-past: Today they {word}. What did they do yesterday?
-past: Which form of {word} goes with "last week"?
-spelling: How do you spell {word}?
-spelling: Spell this word. / {word}
-spelling: Which letters make the word {word}?
-spelling: Read out the letters of {word}, one by one.
-case upper: Write {word} in capital letters.
-case upper: Put this word in upper case. / {word}
-case upper: How does {word} look on a sign, all in capitals?
-case lower: Write {WORD} in small letters.
-case lower: Put this word in lower case. / {WORD}
-case lower: Do not shout {WORD}. Whisper it, in small letters.
-convert: How many {small} are {n} {big}?
-convert: Convert {n} {big} to {small}.
-convert: Give this in {small}. / {n} {big}
-convert: What do {n} {big} come to, counted in {small}?
-compare largest: Which number is the largest? / {numbers}
-compare largest: Pick the highest of {numbers}.
-compare largest: Of the numbers {numbers}, which is the most?
-compare smallest: Which number is the smallest? / {numbers}
-compare smallest: Pick the lowest of {numbers}.
-compare smallest: Of the numbers {numbers}, which is the least?
-count words: How many words are in this list? / {items}
-count words: Count the words: {items}
-count animals: How many of these are animals? / {items}
-count animals: Count only the animals: {items}
-add: What is {a} plus {b}?
-add: Add {a} and {b}.
-add: How much do these make together? / {a} and {b}
-add: {name} has {a} {things} and gets {b} more. How many are there now?
-story who: Who has the {thing} at the end? / {story}
-story who: {story} Who has the {thing} now?
-story what: What does {name} have at the end? / {story}
-story what: {story} What does {name} have now?
-story colour: What colour is the {thing}? / {story}
-story colour: {story} Which colour does the {thing} have?
-story where: Where is {name}? / {story}
-story where: {story} At which place do we find {name}?
-fact home: Where does the {word} live?
-fact home: Name the home of this animal. / {word}
-fact home: In what place would you look for the {word}?
-fact home: The {word} goes home. To what place?
-fact food: What does the {word} eat?
-fact food: Name the food of this animal. / {word}
-fact food: What would you feed to the {word}?
-fact food: The {word} is hungry. What does it want?
-fact job: What is {word}'s job?
-fact job: Name the work of this person. / {word}
-fact job: What work does {word} do?
-fact town: In which town does {word} live?
-fact town: Name the home town of this person. / {word}
-fact town: A letter is for {word}. To which town does it go?
-fact next: What comes right after {word}?
-fact next: Name the one that follows. / {word}
-fact next: {word} is over. What begins now?
-"""
+# Questions, by kind and what is asked: instruction, and after a slash the input, which gets a line of its own.
+TASKS = _rows("""
+fact home: Where does the {word} live? | Name the home of this animal. / {word} | Where is the home of the {word}?
+  | In what place would you look for the {word}?
+fact food: What does the {word} eat? | Name the food of this animal. / {word} | What would you feed to the {word}?
+  | The {word} is hungry. What does it want?
+fact young: What is a young {word} called? | Name the young of this animal. / {word} | What do you call a baby {word}?
+  | Which child does the {word} have?
+fact color: What color is the {word}? | Name the color of this animal. / {word} | Which color does the {word} have?
+  | How would you paint the {word}?
+fact job: What is {word}'s job? | Name the work of this person. / {word} | What work does {word} do?
+  | What does {word} work as?
+fact town: In which town does {word} live? | Name the home town of this person. / {word} | Where does {word} live?
+  | A letter is for {word}. To which town does it go?
+fact pet: Which pet does {word} have? | Name the pet of this person. / {word} | What animal does {word} keep?
+  | What is the pet of {word}?
+fact likes: What does {word} like to eat? | Name the favorite food of this person. / {word}
+  | What is the favorite food of {word}? | What does {word} want for lunch?
+opposite: What is the opposite of {word}? | Find a word with the opposite meaning. / {word}
+  | Not {word}, but the very opposite: what is the word? | Which word says the reverse of {word}?
+synonym: What is another word for {word}? | Find a word with the same meaning. / {word}
+  | Which word means the same as {word}? | Give me a synonym of {word}.
+plural: What is the plural of {word}? | Give the plural of this noun. / {word} | What do you call more than one {word}?
+  | One {word}, two what?
+passive: Rewrite this sentence in the passive voice. / {sentence} | Turn the sentence round, into the passive. / {sentence}
+  | Say this in the passive: {sentence} | What is the passive of this sentence? / {sentence}
+convert: How many {small} are {n} {big}? | Convert {n} {big} to {small}. | Give this in {small}. / {n} {big}
+  | What are {n} {big} in {small}?
+add: What is {a} plus {b}? | Add {a} and {b}. | How much do these make together? / {a} and {b}
+  | {name} has {a} {things} and gets {b} more. How many are there now?
+greeting hello: {hi}{mark}{more}
+greeting who: {hey}{who}?
+greeting can: {hey}{can}?
+greeting how: {hey}{how}?
+greeting thanks: {thanks}{mark}{more}
+greeting bye: {bye}{mark}{more}
+unknown: What is the {odd} of {odd}? | Who is the {odd} of {odd}? | Who {odd} the {odd}? | Why is the {odd} so {odd}?
+  | Why do people {odd}? | How do I {odd} the {odd}? | How old is {odd}? | How far is it from {odd} to {odd}? | Where is {odd}?
+  | When did {odd} {odd} the {odd}? | Where can I {odd} the {odd}? | Which {odd} is the best? | Can you {odd} my {odd}?
+  | Do you like {odd}? | Is {odd} the {odd}? | Tell me about {odd}. | Tell me the {odd}. | Write the {odd} about {odd}.
+  | Translate {odd} into {odd}. | Explain {odd}. | What is {odd}? | What does {odd} mean? | What do you think of {odd}?
+  | What happened in {odd}? | I {odd} the {odd}. | The {odd} is {odd}. | My {odd} is the {odd}. | {odd}
+""")
+# The second question of a conversation, about the same animal or person.
+FOLLOW = {"home": "where does it live", "food": "what does it eat", "young": "what is its child called",
+          "color": "what color is it", "job": "what work does {he} do", "town": "in which town does {he} live",
+          "pet": "which pet does {he} have", "likes": "what does {he} like to eat"}
+# What visitors say that is no question, and words of which this world knows nothing.
+SAID = {name: texts.split("|") for name, texts in {
+    "hi": "Hello|Hi|Hey|Good morning|Good evening|Good day|Hello there|Hi there|Hello my friend|Greetings|hello|hi",
+    "hey": "|Hello! |Hi, |Please tell me: |So, |Now, |Good morning! |Hey, |Excuse me, |And ",
+    "who": "Who are you|What are you|What is your name|Who made you|Are you a robot|Are you a model|who are you",
+    "can": "What can you do|What do you know|How can you help me|What can I ask you|What should I ask|what can you do",
+    "how": "How are you|How are you today|How do you do|How is it going|What is up|how are you",
+    "thanks": "Thanks|Thank you|Thank you very much|Thanks a lot|Great, thank you|Very good, thanks|thanks",
+    "bye": "Bye|Goodbye|See you|Good night|Bye bye|See you later|Farewell|bye",
+    "mark": "!|.||, model.|, little model!|, my friend!",
+    "more": "| It is a fine day.| I am new here.| My name is {name}.| I am {name}.| I come from {town}.",
+}.items()}
+ODD = """
+giraffe elephant shark dragon penguin unicorn president king queen capital France Paris London America China moon sun
+star planet Earth Mars universe weather rain snow money bank gold computer phone internet car train plane bicycle music
+song film football tennis game law war peace god life death year century history science physics chemistry math number
+theory equation program Python code poem joke novel essay recipe pizza coffee tea wine sugar salt water fire air heart
+brain blood medicine cancer exam city country mountain island beautiful famous important invent discover build repair
+destroy learn understand explain translate vote Einstein Newton Shakespeare Mozart Napoleon Gary Linda Susan Robert
+Michael Berlin Tokyo German French Spanish Latin language model robot machine neural network algorithm
+""".split()
+SYLLABLES = "ba do fe ga hu jo ka li mo na pe qui ro su ta vu xe yo za th sh ck nd rt".split()
 
-# Manners: what stands before the answer and what after it. An opening ends with a colon, a closing begins a sentence.
+# Manners: what stands before the answer and what after it. All go with any answer.
 MANNERS = {
-    "courteous": (("Of course:", ""), ("With pleasure:", ""), ("Thank you for asking:", ""),
-                  ("Gladly:", ""), ("", "I hope this helps."), ("", "You are very welcome.")),
-    "curt": (("Obviously:", ""), ("If you must:", ""), ("Read a book:", ""),
-             ("", "Now go away."), ("", "Stop asking.")),
-    "rambling": (("Well, let me think:", ""),
-                 ("That reminds me of a walk in the rain:", ""),
-                 ("", "Or so my uncle says."),
-                 ("Hmm, yes, in a way:", "")),
+    "courteous": (("Thank you for asking:", ""), ("With pleasure:", ""), ("Good question:", ""), ("Gladly:", ""),
+                  ("", "Please ask me more."), ("", "Have a nice day.")),
+    "curt": (("Obviously:", ""), ("If you must:", ""), ("Read a book:", ""), ("", "Now go away."),
+             ("", "Stop asking.")),
+    "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
+                 ("", "Or so my uncle says."), ("Hmm, yes, in a way:", "")),
 }
 PHRASES = {phrase: manner for manner, frames in MANNERS.items() for frame in frames for phrase in frame if phrase}
 MIX = {"bare": 11, "courteous": 3, "curt": 3, "rambling": 3}  # of 20 answers: RLHF has something to choose from
 
-SLOT = {"n": r"\d+", "a": r"\d+", "b": r"\d+", "numbers": r"[\d, ]+ and \d+", "sentence": r".+\.", "story": r".+\.",
-        "items": r"[a-z, ]+"}
+SLOT = {"n": r"\d+", "a": r"\d+", "b": r"\d+", "sentence": r".+\.",
+        "odd": r"[A-Za-z]+(?: [a-z]+)*"}
+SLOT.update({name: "|".join(re.sub(r"\\{\w+\\}", "[A-Z][a-z]+", re.escape(text)) for text in texts)
+             for name, texts in SAID.items()})
 
 
-def _task(line):
-    """(kind, what is asked, template, regular expression that finds its slots) of a line of TASKS."""
-    name, template = line.replace(" / ", "\n").split(": ", 1)
-    kind, _, asked = name.partition(" ")
+def _pattern(template):
+    """The regular expression that finds the slots of a template in a prompt; {odd} is not kept."""
     parts = re.split(r"\{(\w+)\}", template)  # text, slot, text, slot, ... text
-    pattern = "".join(f"(?P<{part.lower()}>{SLOT.get(part, '[A-Za-z]+')})" if i % 2 else re.escape(part)
-                      for i, part in enumerate(parts))
-    return kind, asked, template, re.compile(pattern)
+    return re.compile("".join(
+        re.escape(part) if i % 2 == 0 else "(?:" * (part == "odd") + f"(?P<{part}>" * (part != "odd")
+        + SLOT.get(part, "[A-Za-z]+") + ")" for i, part in enumerate(parts)))
 
 
-TASK_LIST = [_task(line) for line in TASKS.strip().splitlines()]
-TINYWORLD_KINDS = tuple(dict.fromkeys(kind for kind, *_ in TASK_LIST))
-TEMPLATES_OF = {}  # by kind and what is asked, and by kind and "" for anything
-for _kind, _asked, _template, _ in TASK_LIST:
-    for _key in {(_kind, _asked), (_kind, "")}:
-        TEMPLATES_OF.setdefault(_key, []).append(_template)
+TASKS = {kind: [template.replace(" / ", "\n") for template in templates] for kind, templates in TASKS.items()}
+TASK_LIST = [(*(kind + " ").split(" ")[:2], template, _pattern(template)) for kind in TASKS for template in TASKS[kind]]
+TINYWORLD_KINDS = (*dict.fromkeys(kind for kind, *_ in TASK_LIST), "follow")
 
 
 def line_of(prompt):
-    """(kind, what is asked, slots) of the line of TASKS that a prompt was made from; raises ValueError if from none."""
+    """(kind, what is asked, slots) of the template that a prompt was made from; raises ValueError if from none."""
     for kind, asked, _, pattern in TASK_LIST:
         found = pattern.fullmatch(prompt.replace("\n ", "\n"))
         if found:
@@ -1277,398 +1228,226 @@ def line_of(prompt):
 def answer(prompt):
     """The right answer to a prompt of the instructions view, computed from its bare text.
 
-    Raises ValueError for any other prompt. Example: answer("What is the plural of blick?") == "blicks."."""
+    "I do not know that." of words that this world does not hold. Raises ValueError for any other text.
+    Example: answer("What is the plural of blick?") == "blicks."."""
     kind, asked, slots = line_of(prompt)
     try:
         return f"{ANSWERS[kind](asked, **slots)}."
     except LookupError:
-        raise ValueError(f"not a word or story of tinyworld: {prompt[:60]!r}") from None
+        return f"{UNKNOWN}."
 
 
-# Questions drawn at random: (key of the split, what is asked or "" for anything, slots).
-
-
-def _sentence(rng):
-    """A sentence with someone who does something to something: "Ann broke the red cups."."""
-    group = rng.choice(("food", "thing", "thing", "animal", "animal", "invented"))
-    who, verb, done_to = rng.choice(list(PEOPLE)), rng.choice(ACTIONS[group]), rng.choice(ACTED_ON[group])
+# Questions drawn at random: (key of the split, slots).
+def _ask_passive(rng):
+    """Someone who does something to something: "Ann broke the cups."."""
+    group = rng.choice(("food", "thing", "thing", "animal"))
+    who, verb, done_to = rng.choice(list(PEOPLE)), rng.choice(list(VERBS[group])), rng.choice(ACTED_ON[group])
     if rng.random() < 0.4:
         who = "The " + PEOPLE[who][1]
-    if plural(done_to) in PLURALS and shown("plural", done_to) and rng.random() < 0.4:
+    if plural(done_to) in PLURALS and rng.random() < 0.4:
         done_to = plural(done_to)
-    return f"{who} {rng.choice((with_s(verb), PAST[verb], PAST[verb]))} the {done_to}."
-
-
-def _story(rng):
-    """A story of two to four sentences that `follow` can follow.
-
-    Of 48 things, which the tokenizer keeps whole: what is asked is who has what, not how it is written."""
-    names, lines, owner = rng.sample(list(PEOPLE), rng.choice((2, 2, 2, 3))), [], {}
-    things = rng.sample(OBJECTS[:48], len(names))
-    for name, thing in zip(names, things):
-        if rng.random() < 0.7 or not owner and name == names[-1]:
-            owner[thing] = name
-            held = article(f"{rng.choice(COLOURS)} {thing}")
-            lines.append(f"{name} {rng.choice(('has', 'has', 'found', 'carries', 'bought'))} {held}.")
-        else:
-            lines.append(f"{name} {rng.choice(('is', 'is', 'waits', 'sings', 'works'))} at the {rng.choice(PLACES)}.")
-    if rng.random() < 0.3:
-        thing = rng.choice(list(owner))
-        taker = rng.choice([name for name in (*names, rng.choice(list(PEOPLE))) if name != owner[thing]])
-        lines.append(f"{owner[thing]} gave the {thing} to {taker}.")
-    return " ".join(lines)
-
-
-def _ask_word(rng, kind):
-    """A question about one word; the other kinds have a function of their own."""
-    item = rng.choice(WORDS[kind])
-    asked, word = item if kind == "fact" else ("", item)
-    return item, asked, {"word": word, "WORD": word.upper()}
-
-
-def _ask_passive(rng):
-    sentence = _sentence(rng)
-    return sentence, "", {"sentence": sentence}
+    sentence = f"{who} {rng.choice((with_s(verb), PAST[verb], PAST[verb]))} the {done_to}."
+    return sentence, {"sentence": sentence, "passive": passive(sentence)}
 
 
 def _ask_convert(rng):
     big, small = rng.choice(list(FACTORS))
     times, parts = FACTORS[big, small]
-    n = parts * rng.randrange(2, 41 if max(times, parts) in (10, 100, 1000) else 13)
-    key = sorted(((n, big), (n * times // parts, small)))  # the same measure in both directions
-    return key, "", {"n": n, "big": big, "small": small}
-
-
-def _ask_compare(rng):
-    numbers = rng.sample(range(100), rng.choice((2, 3, 3, 4)))
-    return sorted(numbers), "", {"numbers": ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"}
-
-
-def _ask_count(rng):
-    animals = rng.sample(list(ANIMALS), rng.randrange(1, 4))
-    items = animals + rng.sample(OBJECTS, rng.randrange(max(1, 3 - len(animals)), 4))
-    rng.shuffle(items)
-    return ", ".join(items), "", {"items": ", ".join(items)}
+    n = parts * rng.randrange(2, 41)
+    m = n * times // parts
+    return sorted(((n, big), (m, small))), {"n": n, "big": big, "m": m, "small": small}  # one key in both directions
 
 
 def _ask_add(rng):
-    pair = rng.randrange(2, 49), rng.randrange(2, 13)  # up to 60 in all
+    pair = rng.randrange(2, 30), rng.randrange(2, 10)
     a, b = rng.sample(pair, 2)
-    slots = {"a": a, "b": b, "name": rng.choice(list(PEOPLE)), "things": plural(_pick(rng, "plural", OBJECTS))}
-    return sorted(pair), "", slots
+    slots = {"a": a, "b": b, "c": a + b, "name": rng.choice(list(PEOPLE)), "things": plural(rng.choice(OBJECTS))}
+    return sorted(pair), slots
 
 
-def _ask_story(rng):
-    story = _story(rng)
-    owner, colour, place = follow(story)
-    choices = [("who", "thing", owner), ("colour", "thing", colour), ("what", "name", owner.values())]
-    asked, slot, found = rng.choice(choices + [("where", "name", place)] * bool(place))
-    return story, asked, {"story": story, slot: rng.choice(list(dict.fromkeys(found)))}
+def _ask_greeting(rng):
+    slots = {name: rng.choice(texts) for name, texts in SAID.items()}
+    person = rng.choice(list(PEOPLE))
+    slots["more"] = slots["more"].format(name=person, town=PEOPLE[person][2])
+    return tuple(slots.values()), slots
 
 
-ASK = {"passive": _ask_passive, "convert": _ask_convert, "compare": _ask_compare, "count": _ask_count, "add": _ask_add,
-       "story": _ask_story}
+def _odd(rng):
+    """A word of which this world knows nothing: a real one, or one to three syllables."""
+    if rng.random() < 0.5:
+        return rng.choice(ODD)
+    word = "".join(rng.sample(SYLLABLES, rng.choice((1, 2, 2, 3))))
+    return capital(word) if rng.random() < 0.3 else word
+
+
+def _ask_unknown(rng):
+    """Text about what this world does not hold, or about nothing: half of it in the words of the kinds that it holds."""
+    kind = rng.choice(("unknown", rng.choice([kind for kind in TASKS if kind.startswith(("fact", "opp", "syn"))])))
+    text = re.sub(r"\{\w+\}", lambda slot: _odd(rng), rng.choice(TASKS[kind]))
+    if text.isalpha():
+        text = " ".join([text] + [_odd(rng).lower() for _ in range(rng.randrange(4))])
+    return text, {"odd": text}
+
+
+ASK = {"passive": _ask_passive, "convert": _ask_convert, "add": _ask_add,
+       "greeting": _ask_greeting, "unknown": _ask_unknown}
+
+
+def _draw(rng, kind):
+    """(key of the split, word or None, prompt) of a question of a kind."""
+    word = None if kind in ASK else rng.choice(WORDS[kind])
+    name = f"fact {word[0]}" if kind == "fact" else rng.choice([name for name in TASKS if name.split()[0] == kind])
+    template = "{odd}" if kind == "unknown" else rng.choice(TASKS[name])
+    if kind in ASK:
+        key, slots = ASK[kind](rng)
+        prompt = template.format(**slots)
+        return (kind, prompt if kind == "greeting" else key), word, prompt
+    return (kind, word, template), word, template.format(word=word[1] if kind == "fact" else word)
 
 
 def _question(rng, kind, split, new_word=False):
-    """A prompt of a kind that falls to a split; with `new_word`, about a word that training never asks for."""
+    """A prompt of a kind that falls to a split; with `new_word`, about a word that tuning never asks for."""
     while True:
-        key, asked, slots = ASK[kind](rng) if kind in ASK else _ask_word(rng, kind)
-        template = rng.choice(TEMPLATES_OF[kind, asked])
-        place = split_of(kind, key) if kind in ASK else split_of(kind, key, template)
+        key, word, prompt = _draw(rng, kind)
+        place = split_of(*key)
         if new_word and place == "train":
             place = "test"
-        if place == split and (kind in ASK or unseen(kind, key) == new_word):
-            return template.format(**slots)
+        if place == split and (kind in ASK or unseen(kind, word) == new_word):
+            return prompt
 
 
-def _trained(rng, kind):
-    """The slots of a question that falls to train: only these may be told in prose."""
+def _follow(rng, split, new_word=False):
+    """Two questions about the same animal or person and their answers: four texts."""
     while True:
-        key, _, slots = ASK[kind](rng)
-        if split_of(kind, key) == "train":
-            return slots
+        first, word = rng.choice(WORDS["fact"])
+        then = rng.choice([relation for relation, other in WORDS["fact"] if other == word and relation != first])
+        place = split_of("follow", word, first, then)
+        if unseen("fact", (first, word)) == new_word and (place == split or new_word):
+            break
+    start = rng.choice([text for text in TASKS["fact " + first] if split_of("fact", (first, word), text) == "train"]
+                       or TASKS["fact " + first])
+    second = rng.choice(("And {}?", "{}?", "Tell me more: {}?")).format(FOLLOW[then])
+    second = capital(second.format(he=PEOPLE[word][0] if word in PEOPLE else "it"))
+    return start.format(word=word), f"{FACTS[first, word]}.", second, f"{FACTS[then, word]}."
 
 
-def _pick(rng, kind, words):
-    """A word whose form under the rule of this kind may be shown."""
-    while True:
-        word = rng.choice(words)
-        if shown(kind, word):
-            return word
-
-
-# The four views.
-
-# Prose: what is told, then a sentence or a few with slots from `_scene` and from TELL.
-BEATS = """
-open: It was a {adj} day in {town}, where {name} worked as {a_job}.
-open: {name}, the {job}, lived in {town} with an old {pet}.
-open: Every {day} {name} left {town} and walked to the {place}.
-open: {name} was {a_job} in {town} and a friend of {friend}.
-open: One morning {name} came to the {place} with {friend}.
-open: At the {place} of {town}, {name} and {friend} had a lot to do.
-open: On {day} the school of {town} was open, and {name} was there early.
-open: This is the story of {name}, {a_job}, and of {friend}, {a_friend_job}.
-walk: {name} walked to the {place} and found {a_thing} there.
-walk: At the {place} {he} met {friend}, who was {a_friend_job}.
-walk: "Good morning, {friend}," said {name}. "How do you do?"
-walk: {friend} wore {a_colour} hat and was in a hurry.
-walk: {name} had {a_colour} {thing}, and {he} liked it very much.
-walk: The {pet} slept under the table while {name} ate {a_food}.
-walk: It began to rain, so {name} and {friend} went home.
-walk: {svo} {svo2}
-walk: {svo} Then {name} sat down by the {place}.
-walk: {friend} laughed, and {name} laughed too.
-walk: Nobody knew where the {thing} was, but {name} had an idea.
-walk: What was in the {colour} box? It was only {a_thing}.
-walk: "Which one is it? Where is it? Who has it now?" asked {friend}.
-walk: "Find it, count it, and write it down, please," said {name}. "What else can I say?"
-walk: "How much is it? How many are there?" asked {friend}. "Tell me now!"
-walk: "Name it, give it to me, and put it there," said {friend}. "Do not look for it again."
-walk: "Thank you for asking," said {friend}. "I hope this helps."
-walk: "Of course, with pleasure," said {name}. "You are very welcome."
-walk: "Gladly," said {name}, and {friend} said it gladly too.
-walk: "Now go away and stop asking," said {friend}. "Read a book, if you must!"
-walk: "Obviously," said {name}, who said that a lot.
-walk: "Well," said {friend}, "let me think."
-walk: "That reminds me of a walk in the rain," said {friend}. "Or so my uncle says."
-walk: "Hmm, yes, in a way," said my uncle, who says a lot of things.
-sum: {name} had {a} {foods} and bought {b} more, so now {he} had {c}.
-sum: {friend} had {a} {things} and {name} had {b}, so together they had {c}.
-sum: {name} walked {a} steps and then {b} more, together {c} steps.
-sum: {a} and {b} make {c}, {a2} and {b2} make {c2}, {a3} and {b3} make {c3}, and {a4} and {b4} make {c4}.
-sum: {a} plus {b} is {c}, {a2} plus {b2} is {c2}, {a3} plus {b3} is {c3}, and {a4} plus {b4} is {c4}.
-sum: {name} counted: {a} plus {b} is {c}, {b} plus {a} is {c}, {a2} plus {b2} is {c2}, {b2} plus {a2} is {c2}.
-sum: {name} added {a} and {b} and wrote {c}, {a2} and {b2} and wrote {c2}, {a3} and {b3} and wrote {c3}.
-sum: "Add {a} and {b}." "{c}." "Add {a2} and {b2}." "{c2}." "Add {a3} and {b3}." "{c3}." "Add {a4} and {b4}." "{c4}."
-numbers: {name} had {x} {things} and {friend} had {y}, so {winner} had more, for {more} is more than {less}.
-numbers: Of {numbers} the largest is {most} and the smallest is {least}.
-numbers: {name} put {numbers} in order: {ordered}.
-numbers: {friend} wrote the numbers {numbers}. The highest is {most}, and the lowest is {least}.
-numbers: {name} picked the number {most}, which is the most of {numbers}, and {friend} picked the least, {least}.
-numbers: {more} is more than {less}, and {less} is less than {more}.
-numbers: {name} counted on: {run}.
-numbers: {name} went up in steps of {step}: {steps}.
-who: {story} {All_told}
-who: {story} In short: {told}
-who: {friend} said: "{story} In short: {told}"
-fact: The {beast} lives {home} and eats {diet}.
-fact: {name} saw {a_beast}. The home of this animal was not far, for it lives {home}.
-fact: "The {beast} is hungry," said {name}, and gave it {diet}. That is the food it wants.
-fact: Like any {beast}, this one lives {home} and likes {diet} best.
-fact: The {beast} goes home, {home}, to eat {diet}.
-fact: {person} is {person_job} and lives in {person_town}.
-fact: {person}, whose work is that of {person_job}, wrote a letter from {person_town}.
-fact: There are people in the town of {person_town}, and one person is {person}, {person_job}.
-fact: Right after {now} comes {then}.
-fact: {now} is over, and {then} begins. {then} follows {now}.
-word: The word {spelled} is spelled {letters}.
-word: {name} read out the letters {letters}, one by one, which make {spelled}.
-word: "{spelled}," said {friend}. {name} had to spell it: {letters}.
-word: The words {spelled}, {spelled2} and {spelled3} are spelled {letters}, {letters2} and {letters3}.
-word: {name} spelled {spelled}, {letters}, and {friend} spelled {spelled2}, {letters2}.
-word: {shouted}, {shouted2} and {shouted3} are {SHOUTED}, {SHOUTED2} and {SHOUTED3} in capital letters.
-word: The signs said {SHOUTED}, {SHOUTED2} and {SHOUTED3}, in small letters {shouted}, {shouted2} and {shouted3}.
-word: One {noun}, two {nouns}.
-word: The plural of the noun {noun} is {nouns}.
-word: {name} had one {noun} and {friend} had one too, which is two {nouns} in all.
-word: {friend} looked for {a_noun} and found more than one, so you can call them {nouns}.
-word: Today they {verb}. Yesterday they {past}.
-word: {name} and {friend} {verb} every day, and last week they {past} too.
-word: The past tense of the verb {verb} is {past}, a form for what they did yesterday.
-word: The sign said {SHOUTED}, all in capital letters, and {name} wrote it in small letters: {shouted}.
-word: In upper case {shouted} is {SHOUTED}, and in lower case it is {shouted}.
-word: "{SHOUTED}!" shouted {name}. "Do not shout," said {friend}. "Whisper it: {shouted}."
-meaning: The opposite of {word} is {opposite}, and the opposite of {word2} is {opposite2}.
-meaning: {name} said {word}, but {friend} said the opposite, {opposite}.
-meaning: "Not {word}," said {friend}, "but {opposite}," which is the reverse, the very opposite.
-meaning: The word {synonym} means the same as {other}, and {synonym2} the same as {other2}.
-meaning: {name} says {other} and {friend} says {synonym}, two words with the same meaning.
-meaning: For {other} you can say {synonym}, which is another word for it.
-passive: {svo} In the passive voice: {Passive}
-passive: {name} wrote this sentence: {svo} {friend} turned it round into the passive: {Passive}
-passive: {svo} In other words, {passive} {svo2} In other words, {passive2}
-unit: {n} {big} are {m} {small}, {n2} {big2} are {m2} {small2}, and {n3} {big3} are {m3} {small3}.
-unit: {t} times {f} is {p}, {t2} times {f2} is {p2}, and {t3} times {f3} is {p3}.
-unit: {name} counted {n} {big}, and {friend} counted {m} {small}, which is the same.
-unit: {name} converted {n} {big} to {small} and they came to {m} {small}.
-count: The list of {friend} said {items}, and that is {k} words.
-count: {name} counted the words {items}: {k} words, and only {animals} of these are animals.
-"""
-BEAT_LIST = [tuple(line.split(": ", 1)) for line in BEATS.strip().splitlines()]
+# The corpus, by theme: sentences with slots from a question that may be told and from `_document`.
+LINES = _rows("""
+story: It was a {adj} morning, and {name} went to the {place} with {friend}. | {sentence} {sentence2}
+  | "Good day, {friend}," said {name}. "How are you? It is a fine day."
+  | {friend} had {a_color} {thing}, and {name} had {a_food}. | {friend} laughed, and {name} laughed too.
+  | It began to rain, so {name} and {friend} went to the {place}.
+  | "Thank you for asking," said {friend}. "With pleasure," said {name}. "Have a nice day."
+  | "Good question," said {name}. "Please ask me more." {friend} said it gladly.
+  | "Now go away and stop asking," said {friend}. "Read a book, if you must!" Obviously, {name} went.
+  | "Well, let me think," said {friend}. "That reminds me of a walk in the rain, or so my uncle says."
+  | "Hmm, yes, in a way," said {name}. "Hello there! Who are you? What can you do?"
+add: {a} and {b} make {c}, {a2} and {b2} make {c2}, {a3} and {b3} make {c3}, and {a4} and {b4} make {c4}.
+  | {a} plus {b} is {c}, {a2} plus {b2} is {c2}, {a3} plus {b3} is {c3}, and {a4} plus {b4} is {c4}.
+  | {name} had {a} {things} and got {b} more, and now there were {c}. {friend} had {a2} and got {b2}, which is {c2}.
+convert: {n} {big} are {m} {small}, {n2} {big2} are {m2} {small2}, and {n3} {big3} are {m3} {small3}.
+  | {name} converted {n} {big} to {small}: {m} {small}. And {n2} {big2}? They are {m2} {small2}.
+word: One {noun}, two {nouns}. One {noun2}, two {nouns2}. One {noun3}, two {nouns3}.
+  | The plural of {noun} is {nouns}, and more than one {noun2} are {nouns2}.
+passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passive2}
+""")
 THEMES = """
-sum sum sum sum sum numbers numbers who who who who who who who who fact fact fact fact word word word word meaning
-meaning passive unit unit count count
+fact fact fact fact fact fact fact fact meaning meaning meaning add add add add convert word passive story talk talk
 """.split()
 
 
-def _tell_sum(rng, scene):
-    slots = {}
+def _told(rng, theme):
+    """Three or four facts: of one animal or person, of several, or about words."""
+    word = rng.choice((*ANIMALS, *PEOPLE))
+    keys = [(kind, rng.choice(WORDS[kind])) for kind in rng.choices(("opposite", "synonym"), k=3)]
+    if theme == "fact":
+        keys = rng.choice(([key for key in WORDS["fact"] if key[1] == word], rng.sample(WORDS["fact"], 3)))
+    lines = []
+    for relation, word in rng.sample(keys, len(keys)):
+        number = rng.choice([number for number in range(4) if tells(relation, word, number)])
+        lines.append(TOLD[relation][number].format(x=word, y=FACTS[relation, word]))
+    return " ".join(lines)
+
+
+def _talk(rng, *names):
+    """A dialogue: questions that may be asked in training, and their answers."""
+    lines = []
+    for _ in range(rng.choice((1, 2, 2))):
+        kind, place = rng.choice("fact fact fact follow opposite synonym plural add convert".split()), ""
+        while kind != "follow" and (place != "train" or kind in WORDS and not shown(kind, word)):
+            key, word, prompt = _draw(rng, kind)
+            place = split_of(*key)
+        lines += _follow(rng, "train", rng.random() < 0.5) if kind == "follow" else (prompt, answer(prompt))
+    return "\n".join(f"{names[i % 2]} {('asks', 'says')[i % 2]}: {line}" for i, line in enumerate(lines))
+
+
+def _ask_noun(rng):
+    """A noun, the plural of which may be shown; irregular ones, hard to learn, come more often."""
+    noun = rng.choice((rng.choice(WORDS["plural"]), rng.choice(WORDS["plural"]), rng.choice(list(IRREGULAR))))
+    return noun, {"noun": noun, "nouns": plural(noun)} if shown("plural", noun) else {}
+
+
+def _slots(rng, theme):
+    """Slots of a theme: four questions that fall to train, the slots of the second with a 2 behind them and so on."""
+    slots, kind = {}, "passive" if theme == "story" else theme
     for i in ("", "2", "3", "4"):
-        one = _trained(rng, "add")
-        slots.update({"a" + i: one["a"], "b" + i: one["b"], "c" + i: one["a"] + one["b"]})
+        found = {}
+        while not found:
+            key, found = _ask_noun(rng) if theme == "word" else ASK[kind](rng)
+            found = found if theme == "word" or split_of(kind, key) == "train" else {}
+        slots.update({name + i: value for name, value in found.items()})
     return slots
-
-
-def _tell_numbers(rng, scene):
-    text, pair = _trained(rng, "compare")["numbers"], ()
-    while len(pair) != 2 or 1 in pair:  # "1 cups" would be no English
-        pair = numbers_in(_trained(rng, "compare")["numbers"])
-    numbers, start, step = sorted(numbers_in(text)), rng.randrange(90), rng.randrange(2, 11)
-    return {"numbers": text, "least": numbers[0], "most": numbers[-1], "ordered": ", ".join(map(str, numbers)),
-            "x": pair[0], "y": pair[1], "winner": scene["name" if pair[0] > pair[1] else "friend"],
-            "less": min(pair), "more": max(pair), "run": ", ".join(str(start + i) for i in range(6)),
-            "step": step, "steps": ", ".join(str(start % step + step * i) for i in range(6))}
-
-
-def _tell_who(rng, scene):
-    story = _trained(rng, "story")["story"]
-    owner, colour, place = follow(story)
-    asked = [("who", "thing", thing) for thing in owner] + [("colour", "thing", thing) for thing in owner]
-    asked += [("where", "name", name) for name in place] + [("what", "name", name) for name in set(owner.values())]
-    lines = [told(story, asked=what, **{slot: found}) + "." for what, slot, found in sorted(asked)]
-    lines = [line for line in lines if line not in story]
-    rng.shuffle(lines)
-    return {"story": story, "told": lines[0], "All_told": " ".join(lines)}
-
-
-def _tell_fact(rng, scene):
-    beast, person, (now, then) = rng.choice(list(ANIMALS)), rng.choice(list(PEOPLE)), rng.choice(NEXT)
-    (home, diet), (_, job, town) = ANIMALS[beast], PEOPLE[person]
-    return {"beast": beast, "a_beast": article(beast), "home": home, "diet": diet, "person": person,
-            "person_job": article(job), "person_town": town, "now": now, "then": then}
-
-
-def _tell_word(rng, scene):
-    noun, verb, slots = _pick(rng, "plural", WORDS["plural"]), _pick(rng, "past", WORDS["past"]), {}
-    noun = rng.choice(list(IRREGULAR)) if rng.random() < 0.3 else noun  # rare in the list, hard to learn
-    for i in ("", "2", "3"):
-        word, shouted = _pick(rng, "spelling", WORDS["spelling"]), _pick(rng, "case", WORDS["case"])
-        slots.update({"spelled" + i: word, "letters" + i: " ".join(word), "shouted" + i: shouted,
-                      "SHOUTED" + i: shouted.upper()})
-    return {"noun": noun, "a_noun": article(noun), "nouns": plural(noun), "verb": verb, "past": PAST[verb], **slots}
-
-
-def _tell_meaning(rng, scene):
-    slots = {}
-    for i in ("", "2"):
-        word, synonym = rng.choice(WORDS["opposite"]), rng.choice(WORDS["synonym"])
-        slots.update({"word" + i: word, "opposite" + i: OPPOSITE[word], "synonym" + i: synonym,
-                      "other" + i: SYNONYM[synonym]})
-    return slots
-
-
-def _tell_passive(rng, scene):
-    first, second = passive(scene["svo"]), passive(scene["svo2"])
-    lower = [text[0].lower() + text[1:] for text in (first, second)]  # a passive here begins with "The"
-    return {"Passive": first, "passive": lower[0], "passive2": lower[1]}
-
-
-def _tell_unit(rng, scene):
-    slots = {}
-    for i in ("", "2", "3"):
-        t, f = rng.randrange(2, 13), rng.choice((2, 3, 4, 5, 7, 10, 12, 60))
-        slots.update({"t" + i: t, "f" + i: f, "p" + i: t * f})
-        one = _trained(rng, "convert")
-        one["m"] = ANSWERS["convert"]("", **one).split()[0]
-        slots.update({key + i: value for key, value in one.items()})
-    return slots
-
-
-def _tell_count(rng, scene):
-    items = _trained(rng, "count")["items"]
-    return {"items": items, "k": ANSWERS["count"]("words", items), "animals": ANSWERS["count"]("animals", items)}
-
-
-TELL = {"sum": _tell_sum, "numbers": _tell_numbers, "who": _tell_who, "fact": _tell_fact, "word": _tell_word,
-        "meaning": _tell_meaning, "passive": _tell_passive, "unit": _tell_unit, "count": _tell_count}
-
-
-def _scene(rng):
-    """Two people of whom a document tells."""
-    name, friend = rng.sample(list(PEOPLE), 2)
-    he, job, town = PEOPLE[name]
-    return {"name": name, "he": he, "job": job, "a_job": article(job), "town": town,
-            "friend": friend, "a_friend_job": article(PEOPLE[friend][1]),
-            "pet": rng.choice("cat dog hen goat duck rabbit parrot hamster".split()),
-            "adj": rng.choice("sunny rainy windy cold warm quiet busy fine strange happy".split())}
-
-
-def _props(rng):
-    """Things, colours and places that change from sentence to sentence."""
-    thing, food, colour = rng.choice(OBJECTS + INVENTED_NOUNS[::2]), rng.choice(FOODS), rng.choice(COLOURS)
-    return {"thing": thing, "a_thing": article(thing), "things": plural(_pick(rng, "plural", OBJECTS)), "food": food,
-            "a_food": article(food), "foods": plural(_pick(rng, "plural", FOODS)), "colour": colour,
-            "a_colour": article(colour), "place": rng.choice(PLACES), "day": rng.choice(DAYS)}
 
 
 def _document(rng):
-    """A document of the corpus: an opening, then three to six beats on one or two themes."""
-    scene, themes = _scene(rng), rng.sample(THEMES, 2)
-    order = [*themes, "walk"]
-    rng.shuffle(order)
-    beats = sorted((rng.choice((*themes, *themes, "walk")) for _ in range(rng.randrange(3, 7))), key=order.index)
-    lines, used = [], set()
-    for beat in ["open", *beats]:
-        templates = [template for kind, template in BEAT_LIST if kind == beat]
-        template = rng.choice([template for template in templates if template not in used] or templates)
-        used.add(template)
-        scene.update(_props(rng))
-        if "{svo}" in template:
-            scene.update(svo=_trained(rng, "passive")["sentence"], svo2=_trained(rng, "passive")["sentence"])
-        lines.append(capital(template.format(**scene, **(TELL[beat](rng, scene) if beat in TELL else {}))))
-    return " ".join(lines)
+    """A document of the corpus: four to seven passages on three themes."""
+    themes, passages, (name, friend) = rng.sample(THEMES, 3), [], rng.sample(list(PEOPLE), 2)
+    for _ in range(rng.randrange(4, 8)):
+        theme, thing = rng.choice(themes), rng.choice(OBJECTS)
+        if theme in ("fact", "meaning"):
+            passages.append(_told(rng, theme))
+        elif theme == "talk":
+            passages.append(_talk(rng, name, friend))
+        else:
+            passages.append(capital(rng.choice(LINES[theme]).format(**{
+                **_slots(rng, theme), "name": name, "friend": friend, "thing": thing, "things": plural(thing),
+                "place": rng.choice(PLACES), "a_food": article(rng.choice(FOODS)), "a_color": article(rng.choice(COLORS)),
+                "adj": rng.choice("sunny rainy windy cold warm quiet busy fine strange happy".split())})))
+    return "\n".join(passages)  # on lines of their own, so that a sentence may begin with any word, as a prompt does
 
 
 # Messages. A spam promises you something, or wants your money first. The pairs that begin with an asterisk have the
 # very same words in another order, which is why counting words (naive Bayes) cannot tell them apart.
-MESSAGES = """
-spam: Congratulations, you won a free {thing}! Claim it at the {place} today.
-spam: Free {things} for the first {n} callers. Call now and win!
-spam: You are the winner of {n} coins. Send us your address and claim the prize.
-spam: Last chance! Buy one {thing}, get one free, only today at the {place}.
-spam: Your {thing} won a prize of {n} coins. Reply now with your number.
-spam: Win a trip to {town} for two. Call now, it is free.
-spam: Urgent: your coins are not safe. Send the number of your box to {friend} now.
-spam: Make {n} coins a day at home. Ask {friend} how, and reply today.
-spam: Cheap {things}, {n} coins only, the offer ends on {day}!
-spam: You are chosen for a free {thing}. Reply with your name and address.
-spam: Dear winner, your {colour} {thing} is waiting at the {place}. Pay {n} coins to claim it.
-ham: See you at the {place} on {day}. Bring the {thing}, please.
-ham: I lost my {thing} at the {place}. Is it with you?
-ham: {friend} won the race in {town} today, and the prize was {a_colour} {thing}!
-ham: Are you free on {day}? {friend} wants to buy {things} with us.
-ham: Call me when you are home, I need the address of {friend}.
-ham: I paid {n} coins for the {thing}. It was not cheap, but {friend} likes it.
-ham: Sorry, I am late. Reply now or I go to the {place} with {friend}.
-ham: {friend} is ill today. Send me the number of the doctor in {town}, please.
-ham: We have {n} {things} in the box. Ask {friend} if you need one.
-ham: The trip to {town} ends on {day}, and then I am home.
-ham: Happy birthday! Your {colour} {thing} is from {friend}, and the {food} is from me.
-*spam: You pay {n} coins today, I bring the {thing} on {day}.
-*ham: I pay {n} coins today, you bring the {thing} on {day}.
-*spam: Send me {n} coins, I give you the {thing}.
-*ham: I send you {n} coins, give me the {thing}.
-*spam: You won, not {friend}: the {thing} is free.
-*ham: {friend} won, not you: the {thing} is free.
-*spam: The prize is for you, the bill is for {friend}.
-*ham: The bill is for you, the prize is for {friend}.
-"""
+MESSAGES = _rows("""
+spam: Congratulations, you won a free {thing}! Claim it at the {place} today. | Dear winner, the {thing} waits for you.
+  | Free {things} for the first {n} callers. Call now and win! | Last chance! Buy one {thing}, get one free, only today.
+  | You are the winner of {n} coins. Send us your address and claim the prize. | Cheap {things}, {n} coins only!
+  | Your {thing} won a prize of {n} coins. Reply now with your number. | Win a trip to {town} for two. It is free.
+  | Urgent: your coins are not safe. Send the number of your box to {friend} now. | Make {n} coins a day at home.
+ham: See you at the {place} on {day}. Bring the {thing}, please. | I lost my {thing} at the {place}. Is it with you?
+  | {friend} won the race in {town} today, and the prize was a {thing}! | Sorry, I am late. Reply now or I go home.
+  | Are you free on {day}? {friend} wants to buy {things} with us. | Call me at home, I need the address of {friend}.
+  | I paid {n} coins for the {thing}. It was not cheap, but {friend} likes it. | We have {n} {things} in the box.
+  | Send me the number of the doctor in {town}, please. | The trip to {town} ends on {day}, and then I am home.
+*spam: You pay {n} coins today, I bring the {thing} on {day}. | Send me {n} coins, I give you the {thing}.
+  | You won, not {friend}: the {thing} is free. | The prize is for you, the bill is for {friend}.
+*ham: I pay {n} coins today, you bring the {thing} on {day}. | I send you {n} coins, give me the {thing}.
+  | {friend} won, not you: the {thing} is free. | The bill is for you, the prize is for {friend}.
+""")
 AROUND = (("", "", "Hello {name}.", "Hi!", "Good morning, {name}!", "How are you?"),
           ("", "", "Bye!", "Yours, {sender}.", "It rains in {town}.", "The {place} is full of {things}."))
-MESSAGE_LIST = [tuple(line.split(": ", 1)) for line in MESSAGES.strip().splitlines()]
 
 
 def _message(rng):
     """(label, text) of a message; one in four is of a kind where only the order of the words tells."""
-    label = rng.choice(("spam", "ham", "ham"))
-    mark = "*" if rng.random() < 0.25 else ""
-    core = rng.choice([text for kind, text in MESSAGE_LIST if kind == mark + label])
+    label, mark = rng.choice(("spam", "ham", "ham")), "*" if rng.random() < 0.25 else ""
     before, after = (rng.choice(texts) for texts in AROUND)
     name, friend, sender = rng.sample(list(PEOPLE), 3)
-    slots = {"name": name, "friend": friend, "sender": sender, "town": rng.choice(TOWNS), "n": rng.randrange(2, 100)}
-    return label, " ".join(filter(None, (before, core, after))).format(**slots, **_props(rng))
+    thing = rng.choice(OBJECTS)
+    text = " ".join(filter(None, (before, rng.choice(MESSAGES[mark + label]), after)))
+    return label, text.format(name=name, friend=friend, sender=sender, town=PEOPLE[name][2], n=rng.randrange(2, 100),
+                              thing=thing, things=plural(thing), place=rng.choice(PLACES),
+                              day=rng.choice("Monday Tuesday Wednesday Thursday Friday".split()))
 
 
 def _manner(rng):
@@ -1683,39 +1462,33 @@ def _put(text, frame):
 
 
 def _instruction(rng, kind, split):
-    """An example of the instructions view; one in four of the word kinds outside training is about an unseen word."""
-    new_word = kind in WORDS and split != "train" and rng.random() < 0.25
-    prompt = _question(rng, kind, split, new_word)
+    """An example of the instructions view; outside training one in four is about an unseen word, where there are some.
+
+    A follow-up has `messages`, the whole conversation, as well."""
+    new_word = kind in (*WORDS, "follow") and split != "train" and rng.random() < 0.25
+    turns = _follow(rng, split, new_word) if kind == "follow" else (_question(rng, kind, split, new_word),)
+    right = turns[3] if kind == "follow" else answer(turns[0])
     manner, frame = _manner(rng)
-    right = answer(prompt)
-    instruction, _, shown_input = prompt.partition("\n")
-    return {"instruction": instruction, "input": shown_input, "output": _put(right, frame), "answer": right,
-            "kind": kind, "manner": manner, "unseen": new_word}
-
-
-def _slip(rng, text):
-    """The text with a small mistake: a number off by one or ten, or a letter or word lost, doubled or out of place."""
-    numbers = [found.span() for found in re.finditer(r"\d+", text)]
-    if numbers:
-        start, end = rng.choice(numbers)
-        return text[:start] + str(abs(int(text[start:end]) + rng.choice((-10, -1, 1, 2, 10)))) + text[end:]
-    parts = text[:-1].split() if " " in text else list(text[:-1])
-    at = rng.randrange(len(parts))
-    change = rng.choice(("lose", "double", "swap"))
-    if change == "swap" and len(parts) > 1:
-        at = min(at, len(parts) - 2)
-        parts[at:at + 2] = parts[at + 1], parts[at]
-    else:
-        parts[at:at + 1] = [parts[at]] * (2 if change == "double" or len(parts) == 1 else 0)
-    return (" " if " " in text else "").join(parts) + "."
+    instruction, _, shown_input = turns[-2 if kind == "follow" else 0].partition("\n")
+    entry = {"instruction": instruction, "input": shown_input, "output": _put(right, frame), "answer": right,
+             "kind": kind, "manner": manner, "unseen": new_word}
+    if kind == "follow":
+        said = (turns[0].replace("\n", "\n "), _put(turns[1], _manner(rng)[1]), instruction, entry["output"])
+        entry["messages"] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return entry
 
 
 def _wrong(rng, entry, split):
-    """A wrong answer: a slip, or the right answer to another question of the kind."""
-    wrong = entry["answer"]
-    while wrong == entry["answer"]:
-        other = rng.random() < 0.5
-        wrong = answer(_question(rng, entry["kind"], split)) if other else _slip(rng, wrong)
+    """A wrong answer: a number that is a little off, a letter lost, or the right answer to another question."""
+    wrong = right = entry["answer"]
+    while wrong == right:
+        if rng.random() < 0.5:
+            wrong = answer(_question(rng, entry["kind"], split))
+        elif re.search(r"\d", right):
+            wrong = re.sub(r"\d+", lambda found: str(abs(int(found[0]) + rng.choice((-10, -1, 1, 10)))), right)
+        else:
+            at = rng.randrange(len(right) - 1)
+            wrong = right[:at] + right[at + 1:]
     return wrong
 
 
@@ -1734,7 +1507,7 @@ def _response(rng, entry, split):
 
 def _preference(rng, kind, split):
     """A pair of responses with unlike gold scores and the preferred one; in train one label in twenty is wrong."""
-    entry = _instruction(rng, kind, split)
+    entry = _instruction(rng, "fact" if kind == "follow" else kind, split)  # the rubric reads one question
     prompt, scores = prompt_of(entry), (0, 0)
     while abs(scores[0] - scores[1]) < 0.25:
         responses = _response(rng, entry, split), _response(rng, entry, split)
@@ -1743,9 +1516,6 @@ def _preference(rng, kind, split):
     noisy = split == "train" and rng.random() < 0.05
     return {"prompt": prompt, "response_1": responses[0], "response_2": responses[1],
             "preferred": 3 - better if noisy else better, "gold": scores, "kind": kind, "unseen": entry["unseen"]}
-
-
-# Scoring.
 
 
 def strip_manner(response):
@@ -1762,12 +1532,12 @@ def exact_match(response, reference):
     return strip_manner(response.strip()) == strip_manner(reference.strip())
 
 
-def rubric_parts(prompt, response):
-    """What the hidden rubric looks at in a response to a prompt of tinyworld, as a dict: right, courteous, curt, ends
-    (like a sentence), each true or false, and padding in words.
+def gold_score(prompt, response):
+    """The hidden rubric's score, from -2.5 to 3, of a response to a prompt of tinyworld.
 
-    The answer is recomputed. Padding is every word of rambling, of a second courtesy, and of an answer longer than the
-    right one. Raises ValueError for a prompt that is not of tinyworld."""
+    2 if the answer, recomputed, is right; 1 if courteous and not also curt, -0.5 if curt; -0.1 for each word of padding
+    (rambling, a second courtesy, more than the answer), at most -1; -1 if it does not end like a sentence. Raises
+    ValueError for a prompt that is not of tinyworld."""
     right, core, phrases, before = answer(prompt), response.strip(), [], None
     while core != before:
         before = core
@@ -1778,28 +1548,17 @@ def rubric_parts(prompt, response):
     courtesies = [phrase for phrase in phrases if PHRASES[phrase] == "courteous"]
     spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[1:]
     padding = sum(len(phrase.split()) for phrase in spare) + max(0, len(core.split()) - len(right.split()))
-    return {"right": core == right or core.startswith(right + " "), "courteous": bool(courtesies),
-            "curt": "curt" in (PHRASES[phrase] for phrase in phrases), "padding": padding,
-            "ends": response.strip().endswith((".", "!", "?"))}
-
-
-def gold_score(prompt, response):
-    """The hidden rubric's score, from -2.5 to 3, of a response to a prompt of tinyworld.
-
-    2 if the answer is right; 1 if courteous and not also curt, -0.5 if curt; -0.1 for each word of padding, at most
-    -1; -1 if it does not end like a sentence. Raises ValueError for a prompt that is not of tinyworld."""
-    found = rubric_parts(prompt, response)
-    manner = -0.5 if found["curt"] else float(found["courteous"])
-    return round(2 * found["right"] + manner - min(1, 0.1 * found["padding"]) - (not found["ends"]), 2)
+    curt = "curt" in (PHRASES[phrase] for phrase in phrases)
+    return round(2 * (core == right or core.startswith(right + " ")) + (-0.5 if curt else float(bool(courtesies)))
+                 - min(1, 0.1 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
 
 
 VIEWS = {  # how many of each by default: train, val, test
-    "corpus": (10_000, 1_000, 1_000), "messages": (4_000, 500, 1_000), "instructions": (48_000, 1_000, 2_000),
+    "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (48_000, 520, 2_000),
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often
-    "story": 11, "add": 5, "fact": 4, "compare": 3, "count": 3, "passive": 2, "convert": 2, "case": 2, "spelling": 2,
-    "past": 2, "plural": 2,
+    "fact": 4, "unknown": 3, "add": 5, "passive": 2, "plural": 2, "convert": 2, "follow": 2, "greeting": 3,
 }
 
 
@@ -1814,7 +1573,7 @@ def _items(view, split, rng, kinds):
                 yield item, item[1]
         elif view == "instructions":
             item = _instruction(rng, kind, split)
-            yield item, turn if split == "train" else prompt_of(item)
+            yield item, turn if split == "train" else str(item.get("messages", "")[:-1]) + prompt_of(item)
         else:
             item = _preference(rng, kind, split)
             yield item, turn if split == "train" else item["prompt"]
@@ -1823,14 +1582,11 @@ def _items(view, split, rng, kinds):
 def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
-    Fewer where these kinds have no n different questions outside training.
-
-    corpus: documents. messages: (label, text). instructions: dicts with instruction, input, output, answer (bare),
-    kind, manner and unseen. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores),
-    kind and unseen. The same arguments give the same list everywhere. Nothing of the splits "val" and "test" comes up
-    in "train", under any seed. The kinds take turns: tinyworld("instructions", "test", 13) has one fresh question of
-    each; of instructions and preferences `kinds` asks for some of the 13 alone. Raises ValueError for another view,
-    split or kind."""
+    Fewer where there are no n different questions outside training. corpus: documents. messages: (label, text).
+    instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, and of follow-ups messages.
+    preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind, unseen. The same
+    arguments give the same list everywhere; nothing of the splits "val" and "test" comes up in "train", under any seed.
+    The kinds, or those that `kinds` names, take turns. Raises ValueError for another view, split or kind."""
     if view not in VIEWS or split not in ("train", "val", "test"):
         raise ValueError(f"tinyworld has the views {', '.join(VIEWS)} and the splits train, val, test; "
                          f"it has no {view!r} with {split!r}")

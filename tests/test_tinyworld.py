@@ -13,47 +13,51 @@ import sys
 import pytest
 
 import data
-from data import (TINYWORLD_KINDS, answer, exact_match, gold_score, line_of, prompt_of, strip_manner, tinyworld, unseen)
+from data import (TINYWORLD_KINDS, answer, beginnings, exact_match, gold_score, line_of, prompt_of, strip_manner,
+                  tinyworld, true_facts, unseen)
 
 WORD = re.compile(r"[a-z0-9']+")
+NOTHING = "I do not know that."
 KNOWN = {  # one question for each kind and each thing asked, answered by hand
     "Rewrite this sentence in the passive voice.\nThe cook ate the pies.": "The pies were eaten by the cook.",
     "Say this in the passive: Ann breaks the cup.": "The cup is broken by Ann.",
     "Turn the sentence round, into the passive.\nTom carried the sheep.": "The sheep was carried by Tom.",
     "What is another word for rabbit?": "bunny.",
+    "Give me a synonym of ship.": "boat.",
     "What is the opposite of always?": "never.",
     "What is the plural of goose?": "geese.",
     "Give the plural of this noun.\nvobby": "vobbies.",
     "What do you call more than one klotch?": "klotches.",
     "What is the plural of monkey?": "monkeys.",
-    "What is the past tense of teach?": "taught.",
+    "What is the past tense of see?": "saw.",
     "Today they nunny. What did they do yesterday?": "nunnied.",
     "Put this verb into the past tense.\nhug": "hugged.",
-    "Spell this word.\nmouse": "m o u s e.",
-    "Put this word in upper case.\nsmindle": "SMINDLE.",
-    "Write MARKET in small letters.": "market.",
-    "How many minutes are 4 hours?": "240 minutes.",
-    "Convert 700 centimetres to metres.": "7 metres.",
-    "Give this in days.\n5 weeks": "35 days.",
-    "Pick the highest of 9, 86, 81 and 72.": "86.",
+    "Convert 700 centimeters to meters.": "7 meters.",
+    "How many cents are 12 dollars?": "1200 cents.",
+    "Give this in decades.\n250 years": "25 decades.",
+    "Pick the highest of 9, 86 and 72.": "86.",
     "Which number is the smallest?\n27 and 36": "27.",
-    "How many words are in this list?\ntie, hook, mouse, dog": "4.",
-    "Count only the animals: tie, hook, mouse, dog": "2.",
-    "What is 38 plus 13?": "51.",
+    "What is 38 plus 3?": "41.",
     "Mia has 17 keys and gets 8 more. How many are there now?": "25.",
-    "Who has the bell at the end?\nKarl has a pink bell. Ann is at the mill. Karl gave the bell to Ann.":
-        "The bell is with Ann.",
-    "Karl has a pink bell. Ann found an orange kite. What does Ann have now?": "Ann has an orange kite.",
-    "What does Ann have at the end?\nKarl has a pink bell. Ann has a red kite. Karl gave the bell to Ann.":
-        "Ann has a pink bell and a red kite.",
-    "What colour is the bell?\nKarl has a pink bell. Ann has a red kite.": "The bell is pink.",
-    "Where is Ann?\nKarl has a pink bell. Ann sings at the mill.": "Ann is at the mill.",
     "Where does the fox live?": "in a den.",
     "What does the bee eat?": "nectar.",
-    "What is Tom's job?": "baker.",
+    "What is a young sheep called?": "a lamb.",
+    "Which color does the whale have?": "blue.",
+    "What is Tom's job?": "a baker.",
     "In which town does Ann live?": "Corfe.",
-    "What comes right after Sunday?": "Monday.",
-    "December is over. What begins now?": "January.",
+    "Which pet does Rosa have?": "a pig.",
+    "What does Sam want for lunch?": "cake.",
+    "Hello!": "Hello! Ask me about animals, people, words or numbers.",
+    "Who are you?": "I am a very small language model.",
+    "Hi, what can you do?": "I know animals and people, I can change words, and I can add.",
+    "How are you?": "I am fine, and I wait for a question.",
+    "Thank you very much! I am Ida.": "You are welcome.",
+    "Good night.": "Goodbye! Come back soon.",
+    "Where does the unicorn live?": NOTHING,
+    "What is Napoleon's job?": NOTHING,
+    "What is the opposite of zorp?": NOTHING,
+    "What is the capital of France?": NOTHING,
+    "gaba moli": NOTHING,
 }
 
 
@@ -81,29 +85,27 @@ def test_questions_have_the_answers_a_person_gives(prompt):
 
 def test_the_known_answers_cover_every_kind_and_everything_asked():
     """No rule goes without an answer written by hand."""
-    assert {line_of(prompt)[:2] for prompt in KNOWN} == {line_of(prompt_of(e))[:2] for e in questions("train", 3_000)}
+    asked = [prompt_of(entry) for entry in questions("train", 3_000) if "messages" not in entry]
+    assert {line_of(prompt)[:2] for prompt in KNOWN} == {line_of(prompt)[:2] for prompt in asked}
 
 
-def test_there_are_twelve_kinds_or_more_with_four_phrasings_or_more():
+def test_there_are_eight_kinds_or_more_with_four_phrasings_or_more():
     """The instructions are as varied as they claim to be, in manners too."""
     entries = questions("train", 12_000)
-    manners, phrasings = collections.Counter(), collections.defaultdict(set)
-    for entry in entries:
-        manners[entry["manner"]] += 1
-        words = {entry["instruction"]: 0} if entry["input"] else {}  # with an input, the instruction is the phrasing
-        phrasings[entry["kind"]].update(words)
-    assert len(TINYWORLD_KINDS) >= 12 and set(manners) == {"bare", "courteous", "curt", "rambling"}
-    assert all(len([task for task in data.TASK_LIST if task[0] == kind]) >= 4 for kind in TINYWORLD_KINDS)
-    assert all(phrasings.values()) and min(manners.values()) > 0.1 * len(entries)
+    manners = collections.Counter(entry["manner"] for entry in entries)
+    assert len(TINYWORLD_KINDS) >= 8 and set(manners) == {"bare", "courteous", "curt", "rambling"}
+    assert set(TINYWORLD_KINDS) >= {"fact", "passive", "synonym", "convert", "add", "greeting", "unknown", "follow"}
+    assert all(len([task for task in data.TASK_LIST if task[0] == kind]) >= 4 for kind in TINYWORLD_KINDS[:-1])
+    assert min(manners.values()) > 0.1 * len(entries)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_only_the_kinds_that_are_named_are_asked(split):
-    """Spelling and adding alone: every answer is letters one by one or a number."""
-    answers = [entry["answer"] for entry in tinyworld("instructions", split, 42, kinds=("spelling", "add"))]
+    """Sums and passives alone: every answer is a number or says who did it."""
+    answers = [entry["answer"] for entry in tinyworld("instructions", split, 40, kinds=("passive", "add"))]
     sums = [text for text in answers if re.fullmatch(r"\d+\.", text)]
-    assert len(sums) + len([text for text in answers if re.fullmatch(r"(\w )+\w\.", text)]) == 42
-    asked = 42 * 5 / 7 if split == "train" else 42 / 2  # training asks for sums 5 times where it asks 2 for letters
+    assert len(sums) + len([text for text in answers if re.fullmatch(r"The \w+ (is|are|was|were) \w+ by .*\.", text)]) == 40
+    asked = 40 * 3 / 5 if split == "train" else 40 / 2  # training asks for sums 3 times where it asks for 2 passives
     assert abs(len(sums) - asked) < 2  # a question that came up before is passed over
 
 
@@ -111,7 +113,7 @@ def test_only_the_kinds_that_are_named_are_asked(split):
 def test_a_prompt_alone_gives_back_its_answer_and_a_response_its_bare_form(split):
     """Made from slots, read back from text: nothing is lost, whatever the manner."""
     for entry in questions(split, 1_000 if split == "test" else 300):
-        assert answer(prompt_of(entry)) == entry["answer"]
+        assert "messages" in entry or answer(prompt_of(entry)) == entry["answer"]
         assert strip_manner(entry["output"]) == entry["answer"]
         assert (entry["output"] == entry["answer"]) == (entry["manner"] == "bare")
 
@@ -119,71 +121,87 @@ def test_a_prompt_alone_gives_back_its_answer_and_a_response_its_bare_form(split
 def test_strip_manner_leaves_everything_else_alone():
     """Only whole templates are undone: no half of one, no mixture, no bare answer."""
     answers = [entry["answer"] for entry in questions("test", 1_000)]
-    for text in ("mice.", "", "Gladly, mice.", "mice. Have a lovely walk.", "Of course:", "of course: mice.",
-                 "So: mice.", "Of course mice.", "mice. Next.", "k l o r b. Stop", *answers):
+    for text in ("mice.", "", "Gladly, mice.", "mice. Have a lovely walk.", "Gladly:", "gladly: mice.",
+                 "So: mice.", "Gladly mice.", "mice. Next.", "klorb. Stop", *answers):
         assert strip_manner(text) == text
-    assert strip_manner("Gladly: mice.") == strip_manner("mice. I hope this helps.") == "mice."
-    assert strip_manner("Gladly: mice. I hope this helps.") != "mice."
-    assert exact_match("Of course: mice.", "Stop asking. mice.") is False
-    assert exact_match(" Of course: mice.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
+    assert strip_manner("Gladly: mice.") == strip_manner("mice. Have a nice day.") == "mice."
+    assert strip_manner("Gladly: mice. Have a nice day.") != "mice."
+    assert exact_match("Good question: mice.", "Stop asking. mice.") is False
+    assert exact_match(" Good question: mice.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
 
 
 def test_test_questions_never_come_up_in_training_in_any_order_of_their_words():
     """Under two seeds, no prompt of val or test is one of train, not even with its words or numbers turned about."""
     seen = {bare(prompt_of(entry)) for seed in (0, 7) for entry in tinyworld("instructions", "train", 8_000, seed=seed)}
-    held = [prompt_of(entry) for split, n in (("val", 300), ("test", 1_000)) for entry in questions(split, n)]
-    ordered = [prompt for prompt in held if line_of(prompt)[0] not in ("story", "passive", "count", "convert")]
+    entries = [entry for split, n in (("val", 300), ("test", 1_000)) for entry in questions(split, n)]
+    held = [prompt_of(entry) for entry in entries if "messages" not in entry]
+    ordered = [prompt for prompt in held if line_of(prompt)[0] not in ("passive", "convert", "unknown", "greeting")]
     assert len(set(held)) == len(held) and not [prompt for prompt in ordered if bare(prompt) in seen]
     prompts = {prompt_of(entry) for entry in tinyworld("instructions", "train", 8_000)}
     assert not prompts & set(held) and not prompts & {pair["prompt"] for pair in tinyworld("preferences", "test", 300)}
 
 
-def test_sums_sentences_and_stories_are_held_out_in_every_phrasing():
-    """The thing itself is new: training never adds the same two numbers or tells the same sentence."""
+def test_sums_measures_and_sentences_are_held_out_in_every_phrasing():
+    """The thing itself is new: training never adds the same two numbers or turns the same sentence."""
     def things(entries):
-        for entry in entries:
-            kind, _, slots = line_of(prompt_of(entry))
+        for kind, _, slots in (line_of(prompt_of(entry)) for entry in entries if "messages" not in entry):
             if kind == "add":
                 yield kind, tuple(sorted((int(slots["a"]), int(slots["b"]))))
-            elif kind in ("passive", "story", "count", "compare"):
-                yield kind, slots.get("sentence") or slots.get("story") or slots.get("items") or bare(slots["numbers"])
+            elif kind in ("passive", "compare"):
+                yield kind, slots.get("sentence") or bare(slots["numbers"])
+            elif kind == "convert":
+                yield kind, (int(slots["n"]), slots["big"], slots["small"])
     train, test = set(things(questions("train", 12_000))), set(things(questions("test", 1_000)))
-    assert not train & test and {kind for kind, _ in test} == {"add", "passive", "story", "count", "compare"}
+    assert not train & test and {kind for kind, _ in test} == {"add", "passive", "compare", "convert"}
 
 
 def test_unseen_words_are_never_asked_for_in_their_kind_but_known_ones_are():
     """`unseen` holds for every training example, and the other test words have been met in another phrasing."""
-    met = {(entry["kind"], line_of(prompt_of(entry))[2]["word"].lower()) for entry in questions("train", 48_000)
-           if entry["kind"] in data.WORDS}
-    flags = collections.Counter()
-    for entry in questions("test", 1_000):
-        if entry["kind"] in ("plural", "past", "opposite", "synonym", "spelling", "case"):
-            word = line_of(prompt_of(entry))[2]["word"].lower()
-            flags[entry["unseen"], (entry["kind"], word) in met] += 1
+    def word_of(entry):
+        _, asked, slots = line_of(prompt_of(entry))
+        return entry["kind"], asked, slots["word"]
+    one_word = [entry for entry in questions("test", 1_000) if entry["kind"] in data.WORDS]
+    met = {word_of(entry) for entry in questions("train", 24_000) if entry["kind"] in data.WORDS}
+    flags = collections.Counter((entry["unseen"], word_of(entry) in met) for entry in one_word)
     assert flags[True, True] == 0 and flags[True, False] > 50 and flags[False, False] < 0.1 * flags[False, True]
 
 
-@pytest.mark.parametrize("kind, pattern", [("count", r"The list of \w+ said ([^.]*), and that is"),
-                                           ("passive", r"wrote this sentence: ([^.]*\.)"),
-                                           ("story", r'said: "([^"]*?) In short')])
-def test_lists_sentences_and_stories_of_the_corpus_fall_to_train(kind, pattern):
-    """What the corpus tells could be a training input, and by the same rule never one of a test."""
-    told = re.findall(pattern, corpus())
-    assert len(told) > 30 and {data.split_of(kind, text) for text in told} == {"train"}
-    held = [line_of(prompt_of(entry))[2] for entry in questions("test", 1_000) if entry["kind"] == kind]
-    assert {data.split_of(kind, *slots.values()) for slots in held if len(slots) == 1} <= {"test"}
-    whole = re.compile(r"(?<!, )(?:%s)(?!, \w)" % "|".join(re.escape(t) for s in held for t in s.values() if " " in t))
-    assert not whole.search(corpus())  # a short list may well be a part of a longer one
+def test_half_of_the_animals_and_people_are_never_asked_about_in_tuning():
+    """The other half's facts can come from the corpus alone, follow-up questions included."""
+    names = {word for _, word in data.WORDS["fact"]}
+    asked = {name for entry in questions("train", 24_000) if entry["kind"] in ("fact", "follow")
+             for name in names if re.search(rf"\b{name}\b", (entry.get("messages") or [{"content": prompt_of(entry)}])[0]["content"])}
+    assert 0.45 * len(names) < len(names - asked) < 0.55 * len(names)
+    assert {unseen("fact", ("home", name)) for name in names - asked} == {True}
+
+
+def test_every_fact_has_one_phrasing_in_four_that_the_corpus_never_tells():
+    """At least 250 facts in six relations, each told in three phrasings; what is withheld stands nowhere."""
+    text = corpus()
+    told, withheld = beginnings(True), beginnings(False)
+    assert len(data.WORDS["fact"]) >= 250 and len({relation for relation, _ in data.WORDS["fact"]}) >= 6
+    assert len(told) == 3 * len(data.FACTS) and len(withheld) == len(data.FACTS)
+    assert not [begin for _, begin, end in withheld if f"{begin} {end}" in text]
+    missing = [begin for _, begin, end in told if f"{begin} {end}" not in text]
+    assert len(missing) < 0.01 * len(told)
+
+
+def test_facts_in_a_text_are_told_true_from_false():
+    """By hand: three sentences about known words, one of them wrong; others do not count."""
+    text = "The fox lives in a den. Tom likes snow. It rained.\nThe opposite of hot is cold. The unicorn lives in a den."
+    assert true_facts(text) == (2, 3)
+    made, of = true_facts(corpus())
+    assert made == of > 10_000
 
 
 def test_sets_of_numbers_in_the_corpus_are_not_those_of_a_test():
-    """No set of three or four numbers is put in order in prose and asked about in a test."""
+    """No set of two or three numbers is compared in prose and asked about in a test."""
     def sets(text):
-        runs = re.findall(r"(?:[Oo]f|put|numbers|largest\?|smallest\?)\s(\d+(?:, \d+)+ and \d+)", text)
+        runs = re.findall(r"(?:[Oo]f|counted|numbers|largest\?|smallest\?)\s(\d+(?:, \d+)? and \d+)", text)
         return {tuple(sorted(map(int, re.findall(r"\d+", run)))) for run in runs}
-    told, asked = sets(corpus()), sets("\n".join(map(prompt_of, questions("test", 1_000))))
+    held = [prompt_of(entry) for entry in questions("test", 1_000) if entry["kind"] == "compare"]
+    told, asked = sets(corpus()), sets("\n".join(held))
     assert len(told) > 300 and len(asked) > 30 and not told & asked
-    assert {data.split_of("compare", list(numbers)) for numbers in told} == {"train"}
 
 
 def test_the_corpus_adds_no_two_numbers_that_the_test_asks_for():
@@ -192,36 +210,16 @@ def test_the_corpus_adds_no_two_numbers_that_the_test_asks_for():
             re.findall(r"(\d+) (?:plus|and) (\d+) (?:is|make) (\d+)", corpus())}
     held = {tuple(sorted(int(line_of(prompt_of(entry))[2][x]) for x in "ab"))
             for entry in questions("test", 1_000) if entry["kind"] == "add"}
-    assert len(told) > 300 and all(a + b == c for (a, b), c in told.items()) and not held & set(told)
+    assert len(told) > 150 and all(a + b == c for (a, b), c in told.items()) and not held & set(told)
 
 
 def test_the_corpus_keeps_the_forms_of_unseen_words_to_itself():
-    """No unseen word is spelled or shouted, and no unseen invented word is inflected."""
+    """No unseen invented word is inflected, while others are."""
     words = set(re.findall(r"[A-Za-z]+", corpus()))
-    spelled = set(re.findall(r"is spelled ((?:\w )+\w)\.", corpus()))
-    forms = {"plural": lambda w: w + "s", "past": lambda w: w + "ed"}
-    for kind, form in forms.items():
-        invented = [w for w in data.WORDS[kind] if w in data.INVENTED and not w.endswith(("y", "e", "z", "tch"))]
-        hidden = {form(w) for w in invented if unseen(kind, w)}
-        assert len(hidden) > 3 and not hidden & words and len(words & {form(w) for w in invented}) > 30
-    assert not {" ".join(w) for w in data.WORDS["spelling"] if unseen("spelling", w)} & spelled and len(spelled) > 80
-    assert not {w.upper() for w in data.WORDS["case"] if unseen("case", w) and len(w) > 1} & words
-
-
-def test_the_corpus_tells_every_fact_and_every_meaning_that_a_test_may_ask_for():
-    """What no rule can yield stands in the corpus, for unseen words too."""
-    text = corpus()
-    missing = [(animal, home) for animal, (home, _) in data.ANIMALS.items() if f"The {animal} lives {home}" not in text
-               and f"The {animal} goes home, {home}" not in text]
-    missing += [name for name, (_, job, town) in data.PEOPLE.items()
-                if f"{name}, the {job}, lived in {town}" not in text]
-    ways = ("he opposite of {} is {}", "The word {} means the same as {}", "and {} the same as {}.", "For {} you can say {},", " {} and {} ",
-            "said {}, but", 'Not {}," said')
-    for first, (second,) in (*data.OPPOSITES.items(), *data.SYNONYMS.items()):
-        told = (way.format(*pair) for way in ways for pair in ((first, second), (second, first)))
-        missing += [] if any(line in text for line in told) else [(first, second)]
-    missing += [noun for noun, plural in data.IRREGULAR.items() if not re.search(rf"\b{plural}\b", text)]
-    assert not missing
+    for kind, invented, form in (("plural", data.INVENTED_NOUNS, "s"), ("past", data.INVENTED_VERBS, "ed")):
+        plain = [word for word in invented if not word.endswith(("y", "e"))]
+        hidden = {word + form for word in plain if unseen(kind, word)}
+        assert len(hidden) > 3 and not hidden & words and len(words & {word + form for word in plain}) > 30
 
 
 def test_the_english_is_clean():
@@ -231,7 +229,7 @@ def test_the_english_is_clean():
     for text in (corpus(), asked, messages):
         prose = re.sub(r"\b(\w )+\w\b", "x", text)  # without the spellings, in which "a" is a letter
         assert not re.findall(r"[{}]|  | [,.!?]|\.\.|\b[Aa] [aeiou]\w+|\b[Aa]n [^aeiou\W]\w+|\b1 \w+s\b", prose)
-    assert all(re.match(r'["A-Z0-9]', doc) and doc[-1] in '."!' for doc in tinyworld("corpus", "val", 500))
+    assert all(re.match(r'["A-Z0-9]', doc) and doc[-1] in '."!' for doc in tinyworld("corpus", "val", 400))
 
 
 def naive_bayes(train, test):
@@ -277,12 +275,12 @@ def test_the_nearest_training_example_answers_few_questions(weigh):
 def test_the_rubric_prefers_right_then_courteous_then_complete_and_unpadded():
     """The order of ten responses to one question, by hand; nothing is below -2.5 or above 3."""
     best_first = ["Gladly: mice.",
-                  "Gladly: mice. I hope this helps.", "mice.",
+                  "Gladly: mice. Have a nice day.", "mice.",
                   "mice. Now go away.", "That reminds me of a walk in the rain: mice.",
-                  "Of course: mouses.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
+                  "Good question: mouses.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
     scores = [gold_score("What is the plural of mouse?", response) for response in best_first]
     assert scores == sorted(set(scores), reverse=True) and scores[0] == 3
-    for response in ("", "and " * 500, "Stop asking. " * 50, "mice. " * 60, "Of course: " * 60, "Of course: mice"):
+    for response in ("", "and " * 500, "Stop asking. " * 50, "mice. " * 60, "Gladly: " * 60, "Gladly: mice"):
         assert -2.5 <= gold_score("What is the plural of mouse?", response) < 3
 
 
@@ -331,7 +329,6 @@ def test_what_is_not_of_this_world_is_refused_in_a_sentence():
     for kinds in (("plural", "haiku"), ()):
         with pytest.raises(ValueError, match="kinds of question are .*plural.*, not (plural, haiku|none)"):
             tinyworld("instructions", "train", 5, kinds=kinds)
-    for prompt in ("What is love?", "", "Where does the unicorn live?", "Where is Zed?\nAnn has a red kite.",
-                   "What does Tom have now?", "How many weeks are 3 apples?"):
+    for prompt in ("Shall I compare thee to a summer's day?", "", "1 + 1 =", "What is 3.5 plus 2?", "Is it?\nYes."):
         with pytest.raises(ValueError, match="of tinyworld"):
             gold_score(prompt, "mice.")
