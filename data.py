@@ -868,7 +868,7 @@ def pad_left(sequences, pad_id):
 # ---------------------------------------------------------------------------------------------------------------------
 # tinyworld: a small consistent world, generated, seen four ways, and scored exactly.
 #
-#   words  ->  facts (tables) and rules (plural, past, passive, a + b)  ->  corpus        prose and dialogue
+#   words  ->  facts (tables) and rules (plural, passive, measures)      ->  corpus        prose and dialogue
 #                                                                           messages      spam or ham
 #                                                                           instructions  question, answer
 #                                                                           preferences   the better of two
@@ -878,7 +878,7 @@ def pad_left(sequences, pad_id):
 # Rules: English and invented words ("blick", "zindle") follow them: who can form the plural of a word that does not
 # exist has learned the rule and not the list. Answers are computed from the bare text of a prompt, never stored.
 # Held out: `split_of(key)`, a checksum and no random number, sends each key to train, val or test forever, in all views:
-# sums, sets of numbers, measures and sentences by themselves, in any phrasing; questions about one word by word and
+# pairs of numbers, measures and sentences by themselves, in any phrasing; questions about one word by word and
 # phrasing. Of some words tuning never asks (`unseen`): of half of the animals and people, whose facts the corpus tells
 # all the same, and of one in eight of other words.
 # One more kind of question is a row of TASKS and of ANSWERS, and a function in ASK where it is not about one word.
@@ -1102,14 +1102,14 @@ ANSWERS = {  # by kind: from what is asked and the slots of a template of TASKS 
     "plural": lambda asked, word: plural(word),
     "passive": lambda asked, sentence: passive(sentence)[:-1],
     "convert": lambda asked, n, big, small: f"{int(n) * FACTORS[big, small][0] // FACTORS[big, small][1]} {small}",
-    "add": lambda asked, a, b, **others: int(a) + int(b),
+    "compare": lambda asked, a, b: (max if asked == "larger" else min)(a, b, key=int),
     "greeting": lambda asked, **slots: REPLIES[asked],
 }
 UNKNOWN = "I do not know that"
 REPLIES = {
     "hello": "Hello! Ask me about animals, people, words or numbers",
     "who": "I am a very small language model",
-    "can": "I know animals and people, I can change words, and I can add",
+    "can": "I know animals and people, and I can change words and compare numbers",
     "how": "I am fine, and I wait for a question",
     "thanks": "You are welcome",
     "bye": "Goodbye! Come back soon",
@@ -1143,8 +1143,10 @@ passive: Rewrite this sentence in the passive voice. / {sentence} | Turn the sen
   | Say this in the passive: {sentence} | What is the passive of this sentence? / {sentence}
 convert: How many {small} are {n} {big}? | Convert {n} {big} to {small}. | Give this in {small}. / {n} {big}
   | What are {n} {big} in {small}?
-add: What is {a} plus {b}? | Add {a} and {b}. | How much do these make together? / {a} and {b}
-  | {name} has {a} {things} and gets {b} more. How many are there now?
+compare larger: Which number is larger, {a} or {b}? | Pick the higher of {a} and {b}. | Which is more, {a} or {b}?
+  | Give the larger number. / {a} and {b}
+compare smaller: Which number is smaller, {a} or {b}? | Pick the lower of {a} and {b}. | Which is less, {a} or {b}?
+  | Give the smaller number. / {a} and {b}
 greeting hello: {hi}{mark}{more}
 greeting who: {hey}{who}?
 greeting can: {hey}{can}?
@@ -1258,11 +1260,9 @@ def _ask_convert(rng):
     return sorted(((n, big), (m, small))), {"n": n, "big": big, "m": m, "small": small}  # one key in both directions
 
 
-def _ask_add(rng):
-    pair = rng.randrange(2, 30), rng.randrange(2, 10)
-    a, b = rng.sample(pair, 2)
-    slots = {"a": a, "b": b, "c": a + b, "name": rng.choice(list(PEOPLE)), "things": plural(rng.choice(OBJECTS))}
-    return sorted(pair), slots
+def _ask_compare(rng):
+    a, b = rng.sample(range(10, 100), 2)
+    return sorted((a, b)), {"a": a, "b": b, "more": max(a, b), "less": min(a, b)}
 
 
 def _ask_greeting(rng):
@@ -1289,7 +1289,7 @@ def _ask_unknown(rng):
     return text, {"odd": text}
 
 
-ASK = {"passive": _ask_passive, "convert": _ask_convert, "add": _ask_add,
+ASK = {"passive": _ask_passive, "convert": _ask_convert, "compare": _ask_compare,
        "greeting": _ask_greeting, "unknown": _ask_unknown}
 
 
@@ -1342,9 +1342,9 @@ story: It was a {adj} morning, and {name} went to the {place} with {friend}. | {
   | "Now go away and stop asking," said {friend}. "Read a book, if you must!" Obviously, {name} went.
   | "Well, let me think," said {friend}. "That reminds me of a walk in the rain, or so my uncle says."
   | "Hmm, yes, in a way," said {name}. "Hello there! Who are you? What can you do?"
-add: {a} and {b} make {c}, {a2} and {b2} make {c2}, {a3} and {b3} make {c3}, and {a4} and {b4} make {c4}.
-  | {a} plus {b} is {c}, {a2} plus {b2} is {c2}, {a3} plus {b3} is {c3}, and {a4} plus {b4} is {c4}.
-  | {name} had {a} {things} and got {b} more, and now there were {c}. {friend} had {a2} and got {b2}, which is {c2}.
+compare: {more} is more than {less}, {less2} is less than {more2}, and {more3} is more than {less3}.
+  | Of {a} and {b} the larger is {more} and the smaller is {less}. Of {a2} and {b2} the larger is {more2}.
+  | {name} counted {a} and {b}: the lower is {less}, the higher {more}. Of {a2} and {b2} the lower is {less2}.
 convert: {n} {big} are {m} {small}, {n2} {big2} are {m2} {small2}, and {n3} {big3} are {m3} {small3}.
   | {name} converted {n} {big} to {small}: {m} {small}. And {n2} {big2}? They are {m2} {small2}.
 word: One {noun}, two {nouns}. One {noun2}, two {nouns2}. One {noun3}, two {nouns3}.
@@ -1352,7 +1352,7 @@ word: One {noun}, two {nouns}. One {noun2}, two {nouns2}. One {noun3}, two {noun
 passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passive2}
 """)
 THEMES = """
-fact fact fact fact fact fact fact fact meaning meaning meaning add add add add convert word passive story talk talk
+fact fact fact fact fact fact fact fact meaning meaning meaning compare compare convert convert word passive story talk
 """.split()
 
 
@@ -1373,7 +1373,7 @@ def _talk(rng, *names):
     """A dialogue: questions that may be asked in training, and their answers."""
     lines = []
     for _ in range(rng.choice((1, 2, 2))):
-        kind, place = rng.choice("fact fact fact follow opposite synonym plural add convert".split()), ""
+        kind, place = rng.choice("fact fact fact follow opposite synonym plural compare convert".split()), ""
         while kind != "follow" and (place != "train" or kind in WORDS and not shown(kind, word)):
             key, word, prompt = _draw(rng, kind)
             place = split_of(*key)
@@ -1558,7 +1558,7 @@ VIEWS = {  # how many of each by default: train, val, test
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often
-    "fact": 4, "unknown": 3, "add": 5, "passive": 2, "plural": 2, "convert": 2, "follow": 2, "greeting": 3,
+    "fact": 4, "unknown": 3, "compare": 4, "passive": 2, "plural": 2, "convert": 3, "follow": 3, "greeting": 4,
 }
 
 

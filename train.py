@@ -1,6 +1,6 @@
 """Pretraining: teach a GPT to predict the next token. The other training scripts import their machinery from here.
 
-    python train.py                                        the built-in world, tiny model: about 2 minutes on 2 cores
+    python train.py                                        the built-in world, tiny model: about 3 minutes on 2 cores
     python train.py --data my.txt --tokenizer gpt2 --model gpt2 --batch_size 8    your own text, GPT-2's size
     python train.py --resume                               continue a run that was stopped; Ctrl-C saves first
     python train.py evaluate --checkpoint out/pretrain/model.safetensors --data my.txt
@@ -37,8 +37,8 @@ import gpt  # first, because it filters torch's warning about numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import (SlidingWindowDataset, epoch_order, json_sha256, load_tokens, prepare, read_choices, seeded, texts,
-                  token_info)
+from data import (SlidingWindowDataset, beginnings, epoch_order, json_sha256, load_tokens, pad_left, prepare,
+                  read_choices, seeded, texts, token_info, true_facts)
 from gpt import GPT_CONFIGS, GPTModel, pick_device, replacing, write_json
 from tokenizer import CharTokenizer, WordTokenizer, load_tokenizer
 from torch.nn.utils import clip_grad_norm_
@@ -108,7 +108,7 @@ class Config(Options):
     emb_dim: int = option(0, "channels, 0 = the architecture's", low=0)
     n_layers: int = option(0, "blocks, 0 = the architecture's", low=0)
     n_heads: int = option(0, "heads, 0 = the architecture's", low=0)
-    max_steps: int = option(500, "updates, 0 = no limit", low=0)
+    max_steps: int = option(1300, "updates, 0 = no limit", low=0)
     batch_size: int = option(8, "sequences per update, over all processes", low=1)
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     learning_rate: float = option(1.2e-2, "peak; AdamW 1e-3; at GPT-2's sizes Muon 2e-3, AdamW 6e-4", low=0)
@@ -973,7 +973,8 @@ def train(config):
                 stop_now(folder, progress, total, stop)
         losses = [row[0] for row in progress.extra.get("recent", [])]
         bits = bits_per_byte(progress.best, token_info(tokens_folder / "val.bin"))
-        summary = write_summary(folder, config, "pretrain", progress, model, mark, tokens=progress.tokens,
+        known = known_facts(model, tokenizer) if config.data == "tinyworld" and not rank() else {}
+        summary = write_summary(folder, config, "pretrain", progress, model, mark, tokens=progress.tokens, **known,
                                 train_loss=sum(losses) / (len(losses) or 1), val_loss=progress.best, bits_per_byte=bits)
     print(f"pretrained: validation loss {progress.best:.4f}, perplexity {math.exp(progress.best):.2f}, {bits:.3f} bits "
           f"per byte, {summary['seconds']:.0f} s; {folder}/model.safetensors")
@@ -1016,8 +1017,42 @@ def evaluate_task(model, tokenizer, questions, context=contextlib.nullcontext())
     return found
 
 
+def ends_right(model, tokenizer, sentences):
+    """Return for each (beginning, end) whether greedy decoding goes on from the beginning with exactly that end."""
+    prompts, right = [tokenizer.encode(beginning) for beginning, _ in sentences], []
+    length = max(len(tokenizer.encode(" " + end)) for _, end in sentences)
+    for first in range(0, len(sentences), 128):
+        ids, mask = (t.to(model.device) for t in pad_left(prompts[first : first + 128], tokenizer.pad_id))
+        new = gpt.generate(model, ids, length, 0.0, mask=mask)[:, ids.shape[1] :].tolist()
+        right += [tokenizer.decode(row).startswith(" " + end) for row, (_, end) in zip(new, sentences[first:])]
+    return right
+
+
+def known_facts(model, tokenizer, seed=0):
+    """Print and return what a model knows of tinyworld, a dict of shares.
+
+    Facts and opposites whose sentence it ends right, in the phrasings that the corpus tells and in those that it never
+    tells; and how much is true of the facts in 64 texts that it writes."""
+    found = {}
+    for name in ("told", "withheld"):
+        sentences = beginnings(name == "told")
+        right = ends_right(model, tokenizer, [sentence[1:] for sentence in sentences])
+        opposites = [hit for hit, (kind, *_) in zip(right, sentences) if kind == "opposite"]
+        found.update({f"facts_{name}": sum(right) / len(right), f"opposites_{name}": sum(opposites) / len(opposites)})
+    start = torch.full((64, 1), tokenizer.eot_id or 0, device=model.device)
+    drawn = gpt.generate(model, start, 120, generator=torch.Generator(model.device).manual_seed(seed))
+    true, of = true_facts("\n".join(tokenizer.decode(row[1:]) for row in drawn.tolist()))
+    found.update(true_sentences=true / max(1, of), fact_sentences=of)
+    print("ends {facts_told:.1%} of the facts right in phrasings that the corpus tells (opposites {opposites_told:.1%}), "
+          "{facts_withheld:.1%} in others ({opposites_withheld:.1%}); true are {true_sentences:.1%} of the "
+          "{fact_sentences} facts in its own texts".format(**found))
+    return found
+
+
 def evaluate(config):
-    """Print and return a checkpoint's loss, perplexity and bits per byte on the validation split of --data."""
+    """Print and return a checkpoint's loss, perplexity and bits per byte on the validation split of --data.
+
+    Of tinyworld also what it knows; with --task how often it picks the right choice."""
     device = pick_device(config.device)
     questions = read_choices(config.task) if config.task else []  # before the model, which takes longer to read
     model, tokenizer, _ = gpt.load_language_model(config.checkpoint, device)
@@ -1029,14 +1064,18 @@ def evaluate(config):
     loss, tokens = evaluate_loss(model, windows, autocast(config, device))
     bits = bits_per_byte(loss, token_info(folder / "val.bin"))
     print(f"loss {loss:,.4f}  perplexity {math.exp(min(loss, 700)):,.4f}  tokens {tokens:,}  bits per byte {bits:,.4f}")
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens, "bits_per_byte": bits}
+    known = known_facts(model, tokenizer) if config.data == "tinyworld" else {}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens, "bits_per_byte": bits, **known}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report: what the stages wrote, as a table and a page
 
+QUESTIONS = ("Hello! Who are you?", "Where does the fox live?", "Which number is larger, 27 or 36?", "What is the capital of France?",
+             "Rewrite this sentence in the passive voice.\n The cook ate the pies.")
 REPORT = (  # stages, what, key in summary.json, format, {baseline: key}
     ("pretrain", "validation loss", "val_loss", ".3f", {}), ("pretrain", "bits per byte", "bits_per_byte", ".3f", {}),
+    ("pretrain", "facts in new phrasings", "facts_withheld", ".1%", {"told": "facts_told"}),
     ("cls lora", "accuracy", "test_accuracy", ".1%", {"naive Bayes": "naive_bayes_accuracy"}),
     ("sft", "exact match", "exact_match", ".1%", {"before": "exact_match_before"}),
     ("reward", "pairs ranked right", "accuracy", ".1%", {"naive Bayes": "naive_bayes_accuracy"}),
@@ -1066,6 +1105,20 @@ def report_rows(root):
     return rows
 
 
+def answers_of(root):
+    """Return [questions, answers of a stage, answers of the next, ...], a name before each, of the models in a folder."""
+    from finetune_sft import respond
+
+    found = [["question", *(" ".join(question.split()) for question in QUESTIONS)]]
+    for stage in ("pretrain", "sft", "ppo"):
+        path = root / stage / "model.safetensors"
+        if path.is_file():
+            model, tokenizer, info = gpt.load_checkpoint(path)
+            answers = respond(model, tokenizer, QUESTIONS, info.get("template", "plain"), max_new_tokens=24)
+            found.append([stage, *(" ".join(answer.split()) for answer in answers)])
+    return found
+
+
 def report(config):
     """Print what every finished stage in --out_dir reached; write report.html with its curves and some answers."""
     root = Path(config.out_dir)
@@ -1074,22 +1127,19 @@ def report(config):
         raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
     for row in rows:
         print("{:<10}{:<23}{:>8}  {:<18}{:<20}{:>7}".format(*row))
-    before, after = (read_json(root / "sft" / name, []) for name in ("responses.before.json", "responses.json"))
-    tuned = {(row["instruction"], row["input"]): row["response"] for row in after}
-    answers = [("question", "reference", "before tuning", "after")]
-    for row in list({row.get("kind", row["instruction"]): row for row in before}.values())[:13]:  # one of each kind
-        question = row["instruction"], row["input"]
-        answers.append((" ".join(question), row["reference"], row["response"], tuned.get(question, "")))
+    answers = answers_of(root)
+    for question, *said in zip(*answers):
+        print("", question, *(f"  {answers[row][0]:<10}{text}" for row, text in enumerate(said, 1)), sep="\n")
     page = ['<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>A language model, stage by stage</title>'
             "<style>body{font:16px/1.5 system-ui;max-width:62rem;margin:auto;padding:1rem;color-scheme:light dark}"
             "td{padding:.3rem 1rem .3rem 0;vertical-align:top}svg{max-width:30rem}</style>"]
-    for title, table in (("What each stage reached", rows), ("The same questions before and after tuning", answers)):
+    for title, table in (("What each stage reached", rows), ("The same questions, stage by stage", list(zip(*answers)))):
         lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in table)
         page += [f"<h2>{title}</h2><table>", *(f"<tr>{line}</tr>" for line in lines), "</table>"]
     page += ["<h2>Curves</h2>", *(path.read_text(encoding="utf-8") for path in sorted(root.glob("*/*.svg")))]
     with replacing(root / "report.html") as file:
         file.write("\n".join(page).encode("utf-8", "replace"))
-    print(f"\n{root / 'report.html'}")
+    print(f"\n{root / 'report.html'} has the curves. Now talk to it: make chat, or in the browser: make serve")
 
 
 def main(argv=None):

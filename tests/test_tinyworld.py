@@ -29,16 +29,12 @@ KNOWN = {  # one question for each kind and each thing asked, answered by hand
     "Give the plural of this noun.\nvobby": "vobbies.",
     "What do you call more than one klotch?": "klotches.",
     "What is the plural of monkey?": "monkeys.",
-    "What is the past tense of see?": "saw.",
-    "Today they nunny. What did they do yesterday?": "nunnied.",
-    "Put this verb into the past tense.\nhug": "hugged.",
     "Convert 700 centimeters to meters.": "7 meters.",
     "How many cents are 12 dollars?": "1200 cents.",
     "Give this in decades.\n250 years": "25 decades.",
-    "Pick the highest of 9, 86 and 72.": "86.",
-    "Which number is the smallest?\n27 and 36": "27.",
-    "What is 38 plus 3?": "41.",
-    "Mia has 17 keys and gets 8 more. How many are there now?": "25.",
+    "Pick the higher of 9 and 86.": "86.",
+    "Which number is larger, 103 or 72?": "103.",
+    "Give the smaller number.\n27 and 36": "27.",
     "Where does the fox live?": "in a den.",
     "What does the bee eat?": "nectar.",
     "What is a young sheep called?": "a lamb.",
@@ -49,7 +45,7 @@ KNOWN = {  # one question for each kind and each thing asked, answered by hand
     "What does Sam want for lunch?": "cake.",
     "Hello!": "Hello! Ask me about animals, people, words or numbers.",
     "Who are you?": "I am a very small language model.",
-    "Hi, what can you do?": "I know animals and people, I can change words, and I can add.",
+    "Hi, what can you do?": "I know animals and people, and I can change words and compare numbers.",
     "How are you?": "I am fine, and I wait for a question.",
     "Thank you very much! I am Ida.": "You are welcome.",
     "Good night.": "Goodbye! Come back soon.",
@@ -94,19 +90,20 @@ def test_there_are_eight_kinds_or_more_with_four_phrasings_or_more():
     entries = questions("train", 12_000)
     manners = collections.Counter(entry["manner"] for entry in entries)
     assert len(TINYWORLD_KINDS) >= 8 and set(manners) == {"bare", "courteous", "curt", "rambling"}
-    assert set(TINYWORLD_KINDS) >= {"fact", "passive", "synonym", "convert", "add", "greeting", "unknown", "follow"}
+    assert set(TINYWORLD_KINDS) >= {"fact", "passive", "synonym", "convert", "compare", "greeting", "unknown", "follow"}
     assert all(len([task for task in data.TASK_LIST if task[0] == kind]) >= 4 for kind in TINYWORLD_KINDS[:-1])
     assert min(manners.values()) > 0.1 * len(entries)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_only_the_kinds_that_are_named_are_asked(split):
-    """Sums and passives alone: every answer is a number or says who did it."""
-    answers = [entry["answer"] for entry in tinyworld("instructions", split, 40, kinds=("passive", "add"))]
-    sums = [text for text in answers if re.fullmatch(r"\d+\.", text)]
-    assert len(sums) + len([text for text in answers if re.fullmatch(r"The \w+ (is|are|was|were) \w+ by .*\.", text)]) == 40
-    asked = 40 * 3 / 5 if split == "train" else 40 / 2  # training asks for sums 3 times where it asks for 2 passives
-    assert abs(len(sums) - asked) < 2  # a question that came up before is passed over
+    """Comparisons and passives alone: every answer is a number or says who did it."""
+    answers = [entry["answer"] for entry in tinyworld("instructions", split, 42, kinds=("passive", "compare"))]
+    numbers = [text for text in answers if re.fullmatch(r"\d+\.", text)]
+    turned = [text for text in answers if re.fullmatch(r"The \w+ (is|are|was|were) \w+ by .*\.", text)]
+    assert len(numbers) + len(turned) == 42
+    asked = 42 * 4 / 6 if split == "train" else 42 / 2  # training asks for 4 comparisons where it asks for 2 passives
+    assert abs(len(numbers) - asked) < 2  # a question that came up before is passed over
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -135,24 +132,23 @@ def test_test_questions_never_come_up_in_training_in_any_order_of_their_words():
     seen = {bare(prompt_of(entry)) for seed in (0, 7) for entry in tinyworld("instructions", "train", 8_000, seed=seed)}
     entries = [entry for split, n in (("val", 300), ("test", 1_000)) for entry in questions(split, n)]
     held = [prompt_of(entry) for entry in entries if "messages" not in entry]
-    ordered = [prompt for prompt in held if line_of(prompt)[0] not in ("passive", "convert", "unknown", "greeting")]
+    loose = ("passive", "convert", "unknown", "greeting", "follow")  # whose words in another order are another question
+    ordered = [prompt_of(entry) for entry in entries if entry["kind"] not in loose]
     assert len(set(held)) == len(held) and not [prompt for prompt in ordered if bare(prompt) in seen]
     prompts = {prompt_of(entry) for entry in tinyworld("instructions", "train", 8_000)}
     assert not prompts & set(held) and not prompts & {pair["prompt"] for pair in tinyworld("preferences", "test", 300)}
 
 
-def test_sums_measures_and_sentences_are_held_out_in_every_phrasing():
-    """The thing itself is new: training never adds the same two numbers or turns the same sentence."""
+def test_numbers_measures_and_sentences_are_held_out_in_every_phrasing():
+    """The thing itself is new: training never compares the same two numbers or turns the same sentence."""
     def things(entries):
         for kind, _, slots in (line_of(prompt_of(entry)) for entry in entries if "messages" not in entry):
-            if kind == "add":
+            if kind == "compare":
                 yield kind, tuple(sorted((int(slots["a"]), int(slots["b"]))))
-            elif kind in ("passive", "compare"):
-                yield kind, slots.get("sentence") or bare(slots["numbers"])
-            elif kind == "convert":
-                yield kind, (int(slots["n"]), slots["big"], slots["small"])
+            elif kind in ("passive", "convert"):
+                yield kind, tuple(slots.values())
     train, test = set(things(questions("train", 12_000))), set(things(questions("test", 1_000)))
-    assert not train & test and {kind for kind, _ in test} == {"add", "passive", "compare", "convert"}
+    assert not train & test and {kind for kind, _ in test} == {"compare", "passive", "convert"}
 
 
 def test_unseen_words_are_never_asked_for_in_their_kind_but_known_ones_are():
@@ -194,32 +190,22 @@ def test_facts_in_a_text_are_told_true_from_false():
     assert made == of > 10_000
 
 
-def test_sets_of_numbers_in_the_corpus_are_not_those_of_a_test():
-    """No set of two or three numbers is compared in prose and asked about in a test."""
-    def sets(text):
-        runs = re.findall(r"(?:[Oo]f|counted|numbers|largest\?|smallest\?)\s(\d+(?:, \d+)? and \d+)", text)
-        return {tuple(sorted(map(int, re.findall(r"\d+", run)))) for run in runs}
-    held = [prompt_of(entry) for entry in questions("test", 1_000) if entry["kind"] == "compare"]
-    told, asked = sets(corpus()), sets("\n".join(held))
-    assert len(told) > 300 and len(asked) > 30 and not told & asked
-
-
-def test_the_corpus_adds_no_two_numbers_that_the_test_asks_for():
-    """Every sum told in prose is right, and none is one of the held-out pairs."""
-    told = {tuple(sorted((int(a), int(b)))): int(c) for a, b, c in
-            re.findall(r"(\d+) (?:plus|and) (\d+) (?:is|make) (\d+)", corpus())}
+def test_the_corpus_compares_no_two_numbers_that_the_test_asks_for():
+    """Every comparison told in prose is right, and none is one of the held-out pairs."""
+    told = [(int(a), sign, int(b)) for a, sign, b in re.findall(r"(\d+) is (more|less) than (\d+)", corpus())]
     held = {tuple(sorted(int(line_of(prompt_of(entry))[2][x]) for x in "ab"))
-            for entry in questions("test", 1_000) if entry["kind"] == "add"}
-    assert len(told) > 150 and all(a + b == c for (a, b), c in told.items()) and not held & set(told)
+            for entry in questions("test", 1_000) if entry["kind"] == "compare"}
+    assert len(told) > 300 and all((a > b) == (sign == "more") for a, sign, b in told)
+    said = {tuple(sorted(map(int, pair))) for pair in re.findall(r"(\d+) (?:and|or) (\d+)", corpus())}
+    assert len(said) > 300 and len(held) > 30 and not held & ({tuple(sorted((a, b))) for a, _, b in told} | said)
 
 
 def test_the_corpus_keeps_the_forms_of_unseen_words_to_itself():
     """No unseen invented word is inflected, while others are."""
     words = set(re.findall(r"[A-Za-z]+", corpus()))
-    for kind, invented, form in (("plural", data.INVENTED_NOUNS, "s"), ("past", data.INVENTED_VERBS, "ed")):
-        plain = [word for word in invented if not word.endswith(("y", "e"))]
-        hidden = {word + form for word in plain if unseen(kind, word)}
-        assert len(hidden) > 3 and not hidden & words and len(words & {word + form for word in plain}) > 30
+    plain = [word for word in data.INVENTED if not word.endswith(("y", "e"))]
+    hidden = {word + "s" for word in plain if unseen("plural", word)}
+    assert len(hidden) > 3 and not hidden & words and len(words & {word + "s" for word in plain}) > 30
 
 
 def test_the_english_is_clean():
@@ -286,7 +272,7 @@ def test_the_rubric_prefers_right_then_courteous_then_complete_and_unpadded():
 
 def test_the_rubric_follows_the_prompt_and_not_a_stored_answer():
     """The same response is right for one number and wrong for another."""
-    assert gold_score("What is 20 plus 5?", "25.") == 2 and gold_score("What is 20 plus 6?", "25.") == 0
+    assert gold_score("Pick the lower of 20 and 25.", "20.") == 2 and gold_score("Pick the lower of 20 and 15.", "20.") == 0
 
 
 def test_preferred_is_the_better_response_but_for_a_little_noise_in_training():
