@@ -133,7 +133,9 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D), the S - T earlier positions in front
-        causal = allowed is None and x.shape[1] > 1  # a single new token may see everything before it
+        causal = allowed is None
+        if x.shape[1] == 1:  # a single new token may see everything before it
+            causal = False
         dropout = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # heads joined: (B, H, T, D) -> (B, T, C)
