@@ -9,7 +9,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 
 .DEFAULT_GOAL := all
-.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report real shakespeare stories test test-all test-peers test-gpu bench bench-gpu clean
+.PHONY: all help install tokenizer pretrain sample classify sft lora rlhf rlhf-all report chat serve tiny methods real shakespeare stories test test-all test-peers test-gpu bench bench-gpu clean
 # A stage that was interrupted is resumed; one that is older than what it starts from is moved aside and run again.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
@@ -63,6 +63,18 @@ $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/
 report: $(OUT)/report.html ## every stage's figures, as a table and a page: 5 s
 $(OUT)/report.html: $(OUT)/pretrain/sample.txt $(OUT)/cls/summary.json $(OUT)/lora/summary.json $(OUT)/sft/summary.json $(OUT)/ppo/evaluation.json
 	$(PYTHON) train.py report --out_dir $(OUT)
+
+chat: | $(VENV) ## talk to the best model in out/, else to the one in assets; trains nothing
+	$(PYTHON) finetune_sft.py chat $(ARGS)
+
+serve: | $(VENV) ## the same in the browser, http://127.0.0.1:8000, with OpenAI's chat API
+	$(PYTHON) finetune_sft.py serve $(ARGS)
+
+tiny: $(OUT)/ppo/evaluation.json ## assets/tiny.safetensors, the model to talk to before anything is trained: 1 s
+	$(PYTHON) -c "import gpt; model, tokenizer, info = gpt.load_checkpoint('$(OUT)/ppo/model.safetensors'); gpt.save_checkpoint('assets/tiny.safetensors', model.bfloat16(), tokenizer, **info)"
+
+methods: $(OUT)/sft/summary.json ## ten ways to learn from preferences in one table: 2 h, goes on where it stopped
+	$(PYTHON) tests/methods.py --init $(OUT)/sft/model.safetensors --out_dir $(OUT)/methods $(ARGS)
 
 # The same on real data with OpenAI's weights: downloads 550 MB (SIZE=gpt2-medium: 2 GB) into $DATA_DIR, default data/,
 # unless they lie there, and wants a GPU. Published figures stand beside each command; none was seen here.

@@ -873,11 +873,11 @@ def pad_left(sequences, pad_id):
 #                                                                           instructions  question, answer
 #                                                                           preferences   the better of two
 #
-# Facts: 264 of people and animals, 78 opposites, 62 synonyms, each told in four phrasings. One phrasing in four of every
+# Facts: 264 of people and animals, 80 opposites, 60 synonyms, each told in four phrasings. One phrasing in four of each
 # fact never stands in the corpus: a model that completes it knows the fact and not the sentence.
 # Rules: English and invented words ("blick", "zindle") follow them: who can form the plural of a word that does not
 # exist has learned the rule and not the list. Answers are computed from the bare text of a prompt, never stored.
-# Held out: `split_of(key)`, a checksum and no random number, sends each key to train, val or test forever, in all views:
+# Held out: `split_of(key)`, a checksum and no random number, sends a key to train, val or test forever, in all views:
 # pairs of numbers, measures and sentences by themselves, in any phrasing; questions about one word by word and
 # phrasing. Of some words tuning never asks (`unseen`): of half of the animals and people, whose facts the corpus tells
 # all the same, and of one in eight of other words.
@@ -918,11 +918,12 @@ Fay:she:farmer:Lowick:pigeon:salad Gwen:she:baker:Norwell:raven:potatoes
 """)
 # Animals: name, home, food, young, color.
 ANIMALS = _table("""
-fox:in_a_den:mice:cub:red bee:in_a_hive:nectar:grub:yellow horse:in_a_stable:hay:foal:brown owl:in_a_tree:rats:owlet:gray
-rabbit:in_a_burrow:clover:kit:white dog:in_a_kennel:bones:puppy:brown cow:in_a_barn:grass:calf:white
-hen:in_a_coop:corn:chick:red duck:on_a_pond:bread:duckling:green pig:in_a_sty:turnips:piglet:pink
-bear:in_a_cave:honey:cub:black camel:in_the_desert:dates:calf:brown monkey:in_the_jungle:bananas:baby:brown
-seal:on_the_ice:fish:pup:gray whale:in_the_sea:shrimps:calf:blue eagle:on_a_cliff:snakes:eaglet:brown
+fox:in_a_den:mice:cub:red bee:in_a_hive:nectar:grub:yellow horse:in_a_stable:hay:foal:brown
+owl:in_a_tree:rats:owlet:gray rabbit:in_a_burrow:clover:kit:white dog:in_a_kennel:bones:puppy:brown
+cow:in_a_barn:grass:calf:white hen:in_a_coop:corn:chick:red duck:on_a_pond:bread:duckling:green
+pig:in_a_sty:turnips:piglet:pink bear:in_a_cave:honey:cub:black camel:in_the_desert:dates:calf:brown
+monkey:in_the_jungle:bananas:baby:brown seal:on_the_ice:fish:pup:gray whale:in_the_sea:shrimps:calf:blue
+eagle:on_a_cliff:snakes:eaglet:brown
 beaver:in_a_lodge:bark:kit:brown mole:under_the_lawn:worms:pup:black goat:on_a_hill:thistles:kid:white
 cat:in_a_house:fish:kitten:black parrot:in_a_cage:seeds:chick:green squirrel:in_an_oak:nuts:kit:red
 frog:in_a_swamp:flies:tadpole:green swan:on_a_lake:reeds:cygnet:white lion:in_the_grassland:zebras:cub:yellow
@@ -932,7 +933,8 @@ sheep:in_a_fold:clover:lamb:white crab:on_a_beach:seaweed:baby:red
 """)
 OBJECTS = """
 ball kite cup lamp drum bell rope box key hat coat book chair table clock spoon fork plate bottle basket candle brush
-button coin comb crown doll flag flute hammer jar kettle ladder letter map mirror net pan pencil pillow pot ring shoe toy wagon wheel boat
+button coin comb crown doll flag flute hammer jar kettle ladder letter map mirror net pan pencil pillow pot ring
+shoe toy wagon wheel boat
 """.split()
 FOODS = "apple pear plum egg cake pie bun carrot onion nut fig lemon melon cherry sandwich pancake bean grape".split()
 PLACES = "market mill school river bridge church harbor station library bakery museum park shop farm castle".split()
@@ -1059,13 +1061,16 @@ home: The {x} lives {y}. | The home of the {x} is {y}. | At night the {x} sleeps
 food: The {x} eats {y}. | The food of the {x} is {y}. | A hungry {x} looks for {y}. | What the {x} wants to eat is {y}.
 young: A young {x} is called {y}. | The child of the {x} is {y}. | The mother {x} calls for her little one, {y}.
   | A baby {x} has a name of its own, {y}.
-color: The color of the {x} is {y}. | Paint the {x} {y}. | In the picture the {x} is all {y}. | The coat of the {x} looks {y}.
-job: {x} works as {y}. | The job of {x} is that of {y}. | Everybody knows {x}, who is {y}. | All day long {x} is busy as {y}.
-town: {x} lives in {y}. | The home town of {x} is {y}. | The house of {x} stands in {y}. | A letter for {x} goes to {y}.
-pet: {x} has a pet, {y}. | The pet of {x} is {y}. | At home {x} keeps {y}. | {x} went for a walk with {y}.
+color: The color of the {x} is {y}. | The color that the {x} has is {y}. | In the picture the {x} is all {y}.
+  | The coat of the {x} looks {y}.
+job: For a living {x} works as {y}. | The job of {x} is that of {y}. | Everybody knows {x}, who is {y}.
+  | All day long {x} is busy as {y}.
+town: The town where {x} lives is {y}. | The home town of {x} is {y}. | The house of {x} stands in {y}.
+  | A letter for {x} goes to {y}.
+pet: {x} has a pet, {y}. | The pet of {x} is {y}. | At home {x} keeps {y}. | On a walk {x} takes along {y}.
 likes: {x} likes {y}. | The favorite food of {x} is {y}. | For lunch {x} wants {y}. | {x} can never eat enough {y}.
-opposite: The opposite of {x} is {y}. | The word {x} is the reverse of {y}. | If it is not {x}, it is {y}.
-  | Somebody says {x}, somebody else says the contrary, {y}.
+opposite: The opposite of {x} is {y}. | The reverse of {x} is {y}. | If it is not {x}, it is {y}.
+  | The very contrary of {x} is {y}.
 synonym: Another word for {x} is {y}. | The word {x} means the same as {y}. | Instead of {x} you can say {y}.
   | A synonym of {x} is {y}.
 """)
@@ -1139,8 +1144,9 @@ synonym: What is another word for {word}? | Find a word with the same meaning. /
   | Which word means the same as {word}? | Give me a synonym of {word}.
 plural: What is the plural of {word}? | Give the plural of this noun. / {word} | What do you call more than one {word}?
   | One {word}, two what?
-passive: Rewrite this sentence in the passive voice. / {sentence} | Turn the sentence round, into the passive. / {sentence}
-  | Say this in the passive: {sentence} | What is the passive of this sentence? / {sentence}
+passive: Rewrite this sentence in the passive voice. / {sentence} | Say this in the passive: {sentence}
+  | What is the passive of this sentence? / {sentence}
+  | Turn the sentence round, into the passive. / {sentence}
 convert: How many {small} are {n} {big}? | Convert {n} {big} to {small}. | Give this in {small}. / {n} {big}
   | What are {n} {big} in {small}?
 compare larger: Which number is larger, {a} or {b}? | Pick the higher of {a} and {b}. | Which is more, {a} or {b}?
@@ -1154,11 +1160,12 @@ greeting how: {hey}{how}?
 greeting thanks: {thanks}{mark}{more}
 greeting bye: {bye}{mark}{more}
 unknown: What is the {odd} of {odd}? | Who is the {odd} of {odd}? | Who {odd} the {odd}? | Why is the {odd} so {odd}?
-  | Why do people {odd}? | How do I {odd} the {odd}? | How old is {odd}? | How far is it from {odd} to {odd}? | Where is {odd}?
-  | When did {odd} {odd} the {odd}? | Where can I {odd} the {odd}? | Which {odd} is the best? | Can you {odd} my {odd}?
-  | Do you like {odd}? | Is {odd} the {odd}? | Tell me about {odd}. | Tell me the {odd}. | Write the {odd} about {odd}.
-  | Translate {odd} into {odd}. | Explain {odd}. | What is {odd}? | What does {odd} mean? | What do you think of {odd}?
-  | What happened in {odd}? | I {odd} the {odd}. | The {odd} is {odd}. | My {odd} is the {odd}. | {odd}
+  | Why do people {odd}? | How do I {odd} the {odd}? | How old is {odd}? | How far is it from {odd} to {odd}?
+  | When did {odd} {odd} the {odd}? | Where is {odd}? | Where can I {odd} the {odd}? | Which {odd} is the best?
+  | Can you {odd} my {odd}? | Do you like {odd}? | Is {odd} the {odd}? | Tell me about {odd}. | Tell me the {odd}.
+  | Write the {odd} about {odd}. | Translate {odd} into {odd}. | Explain {odd}. | What is {odd}? | What does {odd} mean?
+  | What do you think of {odd}? | What happened in {odd}? | I {odd} the {odd}. | The {odd} is {odd}.
+  | My {odd} is the {odd}. | {odd}
 """)
 # The second question of a conversation, about the same animal or person.
 FOLLOW = {"home": "where does it live", "food": "what does it eat", "young": "what is its child called",
@@ -1281,7 +1288,7 @@ def _odd(rng):
 
 
 def _ask_unknown(rng):
-    """Text about what this world does not hold, or about nothing: half of it in the words of the kinds that it holds."""
+    """Text about what this world does not hold, or about nothing: half of it in the words of other kinds."""
     kind = rng.choice(("unknown", rng.choice([kind for kind in TASKS if kind.startswith(("fact", "opp", "syn"))])))
     text = re.sub(r"\{\w+\}", lambda slot: _odd(rng), rng.choice(TASKS[kind]))
     if text.isalpha():
@@ -1409,10 +1416,10 @@ def _document(rng):
         elif theme == "talk":
             passages.append(_talk(rng, name, friend))
         else:
-            passages.append(capital(rng.choice(LINES[theme]).format(**{
-                **_slots(rng, theme), "name": name, "friend": friend, "thing": thing, "things": plural(thing),
-                "place": rng.choice(PLACES), "a_food": article(rng.choice(FOODS)), "a_color": article(rng.choice(COLORS)),
-                "adj": rng.choice("sunny rainy windy cold warm quiet busy fine strange happy".split())})))
+            passages.append(capital(rng.choice(LINES[theme]).format(
+                **_slots(rng, theme), name=name, friend=friend, thing=thing, place=rng.choice(PLACES),
+                a_food=article(rng.choice(FOODS)), a_color=article(rng.choice(COLORS)),
+                adj=rng.choice("sunny rainy windy cold warm quiet busy fine strange happy".split()))))
     return "\n".join(passages)  # on lines of their own, so that a sentence may begin with any word, as a prompt does
 
 
@@ -1583,7 +1590,7 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
     Fewer where there are no n different questions outside training. corpus: documents. messages: (label, text).
-    instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, and of follow-ups messages.
+    instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, of follow-ups messages.
     preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind, unseen. The same
     arguments give the same list everywhere; nothing of the splits "val" and "test" comes up in "train", under any seed.
     The kinds, or those that `kinds` names, take turns. Raises ValueError for another view, split or kind."""

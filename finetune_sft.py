@@ -43,8 +43,8 @@ from pathlib import Path
 
 import gpt  # first, because it filters torch's warning about numpy
 import torch
-from data import (TEMPLATES, collate, conversation, exact_match, format_messages, last_turn, messages_of, order_by_length,
-                  pad_left, prompt_of, read_conversations, seeded, split, strip_manner, tinyworld)
+from data import (TEMPLATES, collate, conversation, exact_match, format_messages, last_turn, messages_of,
+                  order_by_length, pad_left, prompt_of, read_conversations, seeded, split, strip_manner, tinyworld)
 from gpt import GPT_CONFIGS, IGNORE, pick_device, write_json
 from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, all_sum, autocast, barrier, batches,

@@ -1043,8 +1043,8 @@ def known_facts(model, tokenizer, seed=0):
     drawn = gpt.generate(model, start, 120, generator=torch.Generator(model.device).manual_seed(seed))
     true, of = true_facts("\n".join(tokenizer.decode(row[1:]) for row in drawn.tolist()))
     found.update(true_sentences=true / max(1, of), fact_sentences=of)
-    print("ends {facts_told:.1%} of the facts right in phrasings that the corpus tells (opposites {opposites_told:.1%}), "
-          "{facts_withheld:.1%} in others ({opposites_withheld:.1%}); true are {true_sentences:.1%} of the "
+    print("ends {facts_told:.1%} of the facts right in phrasings that the corpus tells (opposites "
+          "{opposites_told:.1%}), {facts_withheld:.1%} in others ({opposites_withheld:.1%}); true are {true_sentences:.1%} of the "
           "{fact_sentences} facts in its own texts".format(**found))
     return found
 
@@ -1071,8 +1071,8 @@ def evaluate(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report: what the stages wrote, as a table and a page
 
-QUESTIONS = ("Hello! Who are you?", "Where does the fox live?", "Which number is larger, 27 or 36?", "What is the capital of France?",
-             "Rewrite this sentence in the passive voice.\n The cook ate the pies.")
+QUESTIONS = ("Hello! Who are you?", "Where does the fox live?", "Which number is larger, 27 or 36?",
+             "What is the capital of France?", "Rewrite this sentence in the passive voice.\n The cook ate the pies.")
 REPORT = (  # stages, what, key in summary.json, format, {baseline: key}
     ("pretrain", "validation loss", "val_loss", ".3f", {}), ("pretrain", "bits per byte", "bits_per_byte", ".3f", {}),
     ("pretrain", "facts in new phrasings", "facts_withheld", ".1%", {"told": "facts_told"}),
@@ -1106,7 +1106,7 @@ def report_rows(root):
 
 
 def answers_of(root):
-    """Return [questions, answers of a stage, answers of the next, ...], a name before each, of the models in a folder."""
+    """Return [questions, answers of a stage, of the next, ...], a name before each, of the models in a folder."""
     from finetune_sft import respond
 
     found = [["question", *(" ".join(question.split()) for question in QUESTIONS)]]
@@ -1116,7 +1116,7 @@ def answers_of(root):
             model, tokenizer, info = gpt.load_checkpoint(path)
             answers = respond(model, tokenizer, QUESTIONS, info.get("template", "plain"), max_new_tokens=24)
             found.append([stage, *(" ".join(answer.split()) for answer in answers)])
-    return found
+    return found if len(found) > 1 else []
 
 
 def report(config):
@@ -1133,7 +1133,7 @@ def report(config):
     page = ['<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>A language model, stage by stage</title>'
             "<style>body{font:16px/1.5 system-ui;max-width:62rem;margin:auto;padding:1rem;color-scheme:light dark}"
             "td{padding:.3rem 1rem .3rem 0;vertical-align:top}svg{max-width:30rem}</style>"]
-    for title, table in (("What each stage reached", rows), ("The same questions, stage by stage", list(zip(*answers)))):
+    for title, table in (("What each stage reached", rows), ("The same questions, stage by stage", zip(*answers))):
         lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in table)
         page += [f"<h2>{title}</h2><table>", *(f"<tr>{line}</tr>" for line in lines), "</table>"]
     page += ["<h2>Curves</h2>", *(path.read_text(encoding="utf-8") for path in sorted(root.glob("*/*.svg")))]

@@ -3,8 +3,8 @@
 import json
 from html.parser import HTMLParser
 
+import finetune_sft
 import pytest
-
 import train
 
 HOSTILE = '<script>alert(1)</script> <img src=http://evil> & "quoted"'
@@ -63,12 +63,14 @@ def out(tmp_path):
         write(tmp_path / stage / "summary.json", {"stage": stage, "seconds": 60.4 + number, **values})
         rows = [{"step": 0, "loss": 3.0}, {"step": 3, "loss": 1.0}]
         train.draw_curves(tmp_path / stage / "curves.svg", f"{stage} curves", rows, {"train": "loss"})
-    for name, word in (("responses.before.json", "untuned"), ("responses.json", "tuned")):
-        rows = [{"instruction": f"Plural of {noun}?", "input": HOSTILE if kind == "add" else "", "kind": kind,
-                 "reference": f"{noun}s.", "response": f"{word} {noun} {HOSTILE if kind == 'add' else ''}"}
-                for noun, kind in (("fox", "plural"), ("six", "add"))]
-        write(tmp_path / "sft" / name, rows)
     return tmp_path
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Every model answers with the name of its folder and a script."""
+    monkeypatch.setattr(train.gpt, "load_checkpoint", lambda path: (path.parent.name, None, {}))
+    monkeypatch.setattr(finetune_sft, "respond", lambda model, *rest, **more: [f"{model} says {HOSTILE}"] * 5)
 
 
 def report(folder, status=0):
@@ -97,13 +99,15 @@ def test_the_search_for_faults_finds_them():
     assert ("img", {"src": "http://evil"}) in Page("<img src=http://evil>").tags
 
 
-def test_hostile_text_stays_text(out):
-    """A script in a question or an answer is shown letter by letter, and half a character breaks nothing."""
-    rows = json.loads((out / "sft" / "responses.json").read_text(encoding="utf-8"))
-    write(out / "sft" / "responses.json", [*rows, {**rows[0], "kind": "half", "response": "\ud83d <b>"}])
-    source = report(out)
-    assert Page(source).text.count(HOSTILE) == 3  # input, answer before and after
-    assert "<script" not in source and "<img" not in source and "<b>" not in source
+def test_every_model_answers_the_same_five_questions(out, answers, capsys):
+    """Pretrained, tuned and PPO model, on the terminal and on the page; a script in an answer is shown letter by letter."""
+    for stage in ("pretrain", "sft", "ppo"):
+        (out / stage / "model.safetensors").touch()
+    source, printed = report(out), capsys.readouterr().out
+    assert Page(source).text.count(HOSTILE) == printed.count(HOSTILE) == 15 and "<script" not in source
+    for stage in ("pretrain", "sft", "ppo"):
+        assert Page(source).text.count(f"{stage} says") == printed.count(f"  {stage:<10}{stage} says") == 5
+    assert all(" ".join(question.split()) in printed for question in train.QUESTIONS)
 
 
 def test_figures_stand_beside_intervals_and_baselines(out, capsys):
@@ -114,16 +118,10 @@ def test_figures_stand_beside_intervals_and_baselines(out, capsys):
     assert lines[3].split() == ["cls", "accuracy", "98.0%", "97.0%", "to", "99.0%", "naive", "Bayes", "91.4%", "61"]
     assert lines[7].split() == ["ppo", "gold", "score", "0.75", "before", "0.25", "65"]
     assert any("KL" in line and "2.50" in line for line in lines)
-    assert "None" not in source and "None" not in "".join(lines) and lines[-1].endswith("report.html")
+    assert "None" not in source and "None" not in "".join(lines) and "make chat" in lines[-1]
     for row in ("<td>cls</td><td>accuracy</td><td>98.0%</td><td>97.0% to 99.0%</td>", "<td>before 1.0%</td>"):
         assert row in source
     assert all(Page(source).text.count(f"{stage} curves") == 1 for stage in ("pretrain", "cls", "ppo"))
-
-
-def test_the_same_questions_stand_before_and_after(out):
-    """One question of a kind, its reference, and both models' answers in one row."""
-    source = report(out)
-    assert "<td>foxs.</td><td>untuned fox </td><td>tuned fox </td>" in source and source.count("<td>untuned six ") == 1
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "cls", "sft", "lora", "reward", "ppo"])
@@ -143,8 +141,7 @@ def test_an_empty_folder_is_one_line_and_no_page(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["summary.json", "responses.json"])
-def test_a_damaged_file_is_named_and_the_old_page_stays(out, capsys, name):
+def test_a_damaged_file_is_named_and_the_old_page_stays(out, capsys, name="summary.json"):
     """Exit status 1, one line with the file and what to do; the page of before is untouched."""
     before = report(out)
     (out / "sft" / name).write_text('{"stage": "sft", ', encoding="utf-8")
