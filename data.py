@@ -1057,18 +1057,18 @@ def passive(sentence):
 
 # Facts as prose: by relation, sentences that end with what is true of {x}.
 TOLD = _rows("""
-home: The {x} lives {y}. | The home of the {x} is {y}. | At night the {x} sleeps {y}. | You can find the {x} {y}.
+home: The {x} lives {y}. | The home of the {x} is {y}. | At night the {x} sleeps {y}. | The place of the {x} is {y}.
 food: The {x} eats {y}. | The food of the {x} is {y}. | A hungry {x} looks for {y}. | What the {x} wants to eat is {y}.
 young: A young {x} is called {y}. | The child of the {x} is {y}. | The mother {x} calls for her little one, {y}.
-  | A baby {x} has a name of its own, {y}.
+  | The name of a baby {x} is {y}.
 color: The color of the {x} is {y}. | The color that the {x} has is {y}. | In the picture the {x} is all {y}.
   | The coat of the {x} looks {y}.
 job: For a living {x} works as {y}. | The job of {x} is that of {y}. | Everybody knows {x}, who is {y}.
   | All day long {x} is busy as {y}.
 town: The town where {x} lives is {y}. | The home town of {x} is {y}. | The house of {x} stands in {y}.
   | A letter for {x} goes to {y}.
-pet: {x} has a pet, {y}. | The pet of {x} is {y}. | At home {x} keeps {y}. | On a walk {x} takes along {y}.
-likes: {x} likes {y}. | The favorite food of {x} is {y}. | For lunch {x} wants {y}. | {x} can never eat enough {y}.
+pet: As a pet {x} has {y}. | The pet of {x} is {y}. | At home {x} keeps {y}. | On a walk {x} takes along {y}.
+likes: {x} likes {y}. | The favorite food of {x} is {y}. | For lunch {x} wants {y}. | What {x} wants to eat is {y}.
 opposite: The opposite of {x} is {y}. | The reverse of {x} is {y}. | If it is not {x}, it is {y}.
   | The very contrary of {x} is {y}.
 synonym: Another word for {x} is {y}. | The word {x} means the same as {y}. | Instead of {x} you can say {y}.
@@ -1227,10 +1227,12 @@ TINYWORLD_KINDS = (*dict.fromkeys(kind for kind, *_ in TASK_LIST), "follow")
 
 def line_of(prompt):
     """(kind, what is asked, slots) of the template that a prompt was made from; raises ValueError if from none."""
-    for kind, asked, _, pattern in TASK_LIST:
-        found = pattern.fullmatch(prompt.replace("\n ", "\n"))
-        if found:
-            return kind, asked, found.groupdict()
+    text = prompt.replace("\n ", "\n")
+    forms = [capital(text) + mark for mark in "?."] if text[-1:].isalnum() else []  # as people type
+    for form in (*forms, text):
+        for kind, asked, _, pattern in TASK_LIST:
+            if found := pattern.fullmatch(form):
+                return kind, asked, found.groupdict()
     raise ValueError(f"not a question of tinyworld: {prompt[:60]!r}")
 
 
@@ -1468,19 +1470,35 @@ def _put(text, frame):
     return " ".join(filter(None, (frame[0], text, frame[1])))
 
 
+def _exchange(rng, kind, split, new_word):
+    """A question and its bare answer; of a follow-up four texts. Some in training as people type: "where is it"."""
+    if kind == "follow":
+        return _follow(rng, split, new_word)
+    prompt = _question(rng, kind, split, new_word)
+    right = answer(prompt)
+    if split == "train" and kind in WORDS and "\n" not in prompt and rng.random() < 0.15:
+        prompt = (prompt[0].lower() + prompt[1:]).rstrip("?.")
+    return prompt, right
+
+
 def _instruction(rng, kind, split):
     """An example of the instructions view; outside training one in four is about an unseen word, where there are some.
 
-    A follow-up has `messages`, the whole conversation, as well."""
+    A follow-up has `messages`, the whole conversation, as well, and so have three in ten of training's examples, which
+    begin with other questions."""
     new_word = kind in (*WORDS, "follow") and split != "train" and rng.random() < 0.25
-    turns = _follow(rng, split, new_word) if kind == "follow" else (_question(rng, kind, split, new_word),)
-    right = turns[3] if kind == "follow" else answer(turns[0])
+    texts = [*_exchange(rng, kind, split, new_word)]
+    if split == "train" and rng.random() < 0.3:
+        for other in rng.sample(TINYWORLD_KINDS, rng.choice((1, 2, 3))):
+            texts = [*_exchange(rng, other, split, False), *texts]
+    *earlier, question, right = texts
+    instruction, _, shown_input = question.partition("\n")
     manner, frame = _manner(rng)
-    instruction, _, shown_input = turns[-2 if kind == "follow" else 0].partition("\n")
     entry = {"instruction": instruction, "input": shown_input, "output": _put(right, frame), "answer": right,
              "kind": kind, "manner": manner, "unseen": new_word}
-    if kind == "follow":
-        said = (turns[0].replace("\n", "\n "), _put(turns[1], _manner(rng)[1]), instruction, entry["output"])
+    if earlier:
+        said = [_put(text, _manner(rng)[1]) if i % 2 else text.replace("\n", "\n ") for i, text in enumerate(earlier)]
+        said += [question.replace("\n", "\n "), entry["output"]]
         entry["messages"] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     return entry
 
@@ -1514,7 +1532,8 @@ def _response(rng, entry, split):
 
 def _preference(rng, kind, split):
     """A pair of responses with unlike gold scores and the preferred one; in train one label in twenty is wrong."""
-    entry = _instruction(rng, "fact" if kind == "follow" else kind, split)  # the rubric reads one question
+    entry = _instruction(rng, "fact" if kind == "follow" else kind, split)
+    entry.pop("messages", None)  # the rubric reads one question
     prompt, scores = prompt_of(entry), (0, 0)
     while abs(scores[0] - scores[1]) < 0.25:
         responses = _response(rng, entry, split), _response(rng, entry, split)
@@ -1561,7 +1580,7 @@ def gold_score(prompt, response):
 
 
 VIEWS = {  # how many of each by default: train, val, test
-    "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (48_000, 520, 2_000),
+    "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (36_000, 520, 2_000),
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often

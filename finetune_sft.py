@@ -63,7 +63,7 @@ class Config(AdapterOptions):
     """The options of instruction fine-tuning."""
 
     data: str = option("tinyworld", "tinyworld, instructions, alpaca, or a .json or .jsonl file")
-    examples: int = option(0, "training examples, 0 = all of a file, 48,000 of tinyworld", low=0)
+    examples: int = option(0, "training examples, 0 = all of a file, 36,000 of tinyworld", low=0)
     split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("", "empty = the checkpoint's, else plain (tinyworld) or alpaca", choices=("", *TEMPLATES))
     mask_prompt: bool = option(True, "train on the answers only")
