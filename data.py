@@ -1361,8 +1361,11 @@ word: One {noun}, two {nouns}. One {noun2}, two {nouns2}. One {noun3}, two {noun
 passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passive2}
 """)
 THEMES = """
-fact fact fact fact fact fact fact fact meaning meaning meaning compare compare convert convert word passive story talk
+fact fact fact fact fact fact fact fact meaning meaning meaning compare compare convert word passive story talk talk
 """.split()
+
+
+TALK = "fact fact fact follow opposite synonym plural passive compare convert greeting unknown unknown".split()
 
 
 def _told(rng, theme):
@@ -1382,7 +1385,7 @@ def _talk(rng, *names):
     """A dialogue: questions that may be asked in training, and their answers."""
     lines = []
     for _ in range(rng.choice((1, 2, 2))):
-        kind, place = rng.choice("fact fact fact follow opposite synonym plural compare convert".split()), ""
+        kind, place = rng.choice(TALK), ""
         while kind != "follow" and (place != "train" or kind in WORDS and not shown(kind, word)):
             key, word, prompt = _draw(rng, kind)
             place = split_of(*key)

@@ -1044,8 +1044,8 @@ def known_facts(model, tokenizer, seed=0):
     true, of = true_facts("\n".join(tokenizer.decode(row[1:]) for row in drawn.tolist()))
     found.update(true_sentences=true / max(1, of), fact_sentences=of)
     print("ends {facts_told:.1%} of the facts right in phrasings that the corpus tells (opposites "
-          "{opposites_told:.1%}), {facts_withheld:.1%} in others ({opposites_withheld:.1%}); true are {true_sentences:.1%} of the "
-          "{fact_sentences} facts in its own texts".format(**found))
+          "{opposites_told:.1%}), {facts_withheld:.1%} in others ({opposites_withheld:.1%});\n"
+          "true are {true_sentences:.1%} of the {fact_sentences} facts in its own texts".format(**found))
     return found
 
 
