@@ -69,8 +69,8 @@ def test_every_form_gives_the_same_messages(tmp_path, capsys):
         found = data.read_conversations(tmp_path / name)
         assert [entry["messages"] for entry in found] == [two, two, one, one, one]
         assert [entry.get("kind") for entry in found] == ["rude", None, None, None, None]
-    assert data.main(["show", str(tmp_path / "a.json")]) == 0
-    assert "prompt: Be rude.\nHi\n> Yo\nAnd?\nanswer: No." in capsys.readouterr().out
+    assert data.main(["show", str(tmp_path / "a.json"), "--view", "instructions"]) == 0
+    assert json.dumps(two) in capsys.readouterr().out
 
 
 BAD = [({"messages": [{"role": "tool", "content": "x"}]}, "message 0: unknown role 'tool'"),

@@ -92,15 +92,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         name = self.path.strip("/")
         self.seen[name] += 1
         first = self.seen[name] == 1
-        start = int(self.headers["Range"][6:-1]) if "Range" in self.headers else 0
-        if name == "cut" or name in ("cut_once", "resumed") and first:
+        if name == "cut" or name == "cut_once" and first:
             self.reply(body=BODY[:100], length=len(BODY))
-        elif name in ("resumed", "whole") and start:
-            self.seen["from", start] += 1
-            if start >= len(BODY):
-                self.reply(416, b"", Content_Range=f"bytes */{len(BODY)}")
-            else:
-                self.reply(206, BODY[start:], Content_Range=f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
         elif name.startswith("linked"):  # as huggingface.co answers for a large file
             tag = {"linked": f'"{sha(BODY)}"', "linked_wrong": f'"{sha(b"other")}"', "linked_git": '"0123abcd"'}[name]
             self.reply(302, b"", Location="/whole", X_Linked_Etag=tag, X_Linked_Size=len(BODY))
@@ -113,7 +106,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         elif name.isdecimal():
             self.reply(int(name), b"no")
         elif name.startswith("once_") and first:
-            self.reply(int(name[5:]), b"busy", Retry_After="1" if name == "once_429" else "soon")
+            self.reply(int(name[5:]), b"busy", Retry_After="soon")
         elif name == "later":
             self.reply(503, b"busy", Retry_After="3600")
         elif name == "login":
@@ -122,10 +115,6 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.reply(302, b"", Location="/loop")
         elif name == "elsewhere":
             self.reply(302, b"", Location="file:///etc/hostname")
-        elif name == "hang":
-            time.sleep(2)
-        elif name == "drip":
-            self.drip()
         elif name == "slow":
             time.sleep(0.2)
             self.reply()
@@ -133,15 +122,6 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.reply(body=self.server.zip)
         else:
             self.reply()
-
-    def drip(self):
-        self.reply(body=b"", length=1000)
-        for _ in range(40):
-            try:
-                self.wfile.write(b"x")
-            except OSError:
-                return
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -182,89 +162,32 @@ def test_a_download_arrives_whole_and_leaves_no_other_file(server, tmp_path):
 
 @pytest.mark.parametrize("path", ["cut_once", "once_500", "once_408", "once_429", "once_503"])
 def test_a_failure_that_passes_is_tried_again(server, tmp_path, path):
-    """A cut body or a busy server costs one more request; Retry-After in seconds is waited for."""
-    start = time.monotonic()
+    """A cut body or a busy server costs one more request."""
     data.download(f"{server.address}/{path}", tmp_path / "a", sha(BODY))
     assert (tmp_path / "a").read_bytes() == BODY and Server.seen[path] == 2
-    assert path != "once_429" or time.monotonic() - start >= 1
 
 
 @pytest.mark.parametrize("path, tries, error, words", [
     ("cut", 3, OSError, "cut|IncompleteRead|ProtocolError"), ("cut_chunk", 3, OSError, "ProtocolError|IncompleteRead"),
     ("cut_without_length", 1, ValueError, "sha256 is .* expected"), ("login", 1, ValueError, "sha256 is .* expected"),
     ("404", 1, OSError, "404"), ("403", 1, OSError, "403"), ("416", 1, OSError, "416"),
-    ("206", 1, ValueError, "sha256"), ("500", 3, OSError, "500"), ("loop", None, OSError, "redirect"),
-    ("elsewhere", 1, OSError, "file:"), ("later", 1, OSError, "503")])
+    ("206", 1, OSError, "206"), ("500", 3, OSError, "500"), ("loop", None, OSError, "redirect"),
+    ("elsewhere", 1, OSError, "file:"), ("later", 3, OSError, "503")])
 def test_a_download_that_fails_leaves_nothing_under_its_name(server, tmp_path, path, tries, error, words):
-    """Refusals are final, failures that may pass are tried three times; at most a hidden part of the body remains."""
+    """Refusals are final, failures that may pass are tried three times; no part of the body remains."""
     with pytest.raises(error, match=words):
-        data.download(f"{server.address}/{path}", tmp_path / "a", sha(BODY), deadline=20)
-    left = list(tmp_path.iterdir())
-    assert left == [] or path.startswith("cut") and [one.suffix for one in left] == [".part"] and left[0].name[0] == "."
+        data.download(f"{server.address}/{path}", tmp_path / "a", sha(BODY))
+    assert list(tmp_path.iterdir()) == []
     assert tries is None or Server.seen[path] == tries
 
 
-def test_a_partial_file_is_continued_in_the_same_call_and_in_a_later_one(server, tmp_path, monkeypatch):
-    """Only the missing bytes are asked for; a complete part (416) and one that a killed process left are used too."""
-    url = server.address + "/resumed"
-    assert data.download(url, tmp_path / "a", sha(BODY)) == sha(BODY)
-    assert (tmp_path / "a").read_bytes() == BODY and Server.seen == {"resumed": 2, ("from", 100): 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "BACKOFF", ())
-        with pytest.raises(OSError):
-            data.download(server.address + "/cut", tmp_path / "b", sha(BODY))
-    (left,) = tmp_path.glob(".b.*.part")
-    key = data.json_sha256([server.address + "/whole", sha(BODY)])[:12]
-    for size in (100, 70_000, len(BODY)):
-        (tmp_path / f".b.{key}.part").write_bytes(BODY[:size])
-        data.download(server.address + "/whole", tmp_path / "b", sha(BODY))
-        assert (tmp_path / "b").read_bytes() == BODY and Server.seen["from", size] == (2 if size == 100 else 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [left.name, "a", "b"]
-
-
-def test_a_part_of_something_else_is_never_used(server, tmp_path):
-    """It is found by the sha256 and removed, so that the next call starts afresh; without a sha256 it is not continued."""
-    url = server.address + "/whole"
-    part = tmp_path / f".a.{data.json_sha256([url, sha(BODY)])[:12]}.part"
-    part.write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="sha256 is .* expected"):
-        data.download(url, tmp_path / "a", sha(BODY))
-    assert list(tmp_path.iterdir()) == []
-    part = tmp_path / f".a.{data.json_sha256([url, ''])[:12]}.part"
-    part.write_bytes(b"x" * 100)
-    assert data.download(url, tmp_path / "a") == sha(BODY) and (tmp_path / "a").read_bytes() == BODY
-    part.write_bytes(b"x" * (len(BODY) + 100))  # a server that knows no ranges sends all of it
-    assert data.download(server.address + "/good", tmp_path / "a", "") == sha(BODY)
-
-
 def test_the_sha256_that_a_host_names_counts_where_none_is_known(server, tmp_path):
-    """X-Linked-Etag of a redirect is checked, unless it is no sha256; with it a partial file is continued."""
+    """X-Linked-Etag of a redirect is checked, unless it is no sha256."""
     assert data.download(server.address + "/linked", tmp_path / "a") == sha(BODY)
     assert data.download(server.address + "/linked_git", tmp_path / "b") == sha(BODY)
     with pytest.raises(ValueError, match="expected " + sha(b"other")):
         data.download(server.address + "/linked_wrong", tmp_path / "c")
     assert data.download(server.address + "/linked_wrong", tmp_path / "c", sha(BODY)) == sha(BODY)
-    part = tmp_path / f".d.{data.json_sha256([server.address + '/linked', ''])[:12]}.part"
-    part.write_bytes(BODY[:99])
-    data.download(server.address + "/linked", tmp_path / "d")
-    assert (tmp_path / "d").read_bytes() == BODY and Server.seen["from", 99] == 1
-
-
-@pytest.mark.parametrize("path", ["drip", "hang"])
-def test_no_server_outlasts_the_deadline(server, tmp_path, path):
-    """A server that sends a byte now and then, or nothing, is given up at the deadline."""
-    start = time.monotonic()
-    with pytest.raises(OSError):
-        data.download(f"{server.address}/{path}", tmp_path / "a", deadline=0.5)
-    assert time.monotonic() - start < 15 and not (tmp_path / "a").exists()
-
-
-def test_a_download_stops_at_the_byte_limit(server, tmp_path):
-    """A body larger than the limit is not kept, whether its length is announced or not."""
-    for path in ("good", "login"):
-        with pytest.raises(ValueError, match="more than the allowed 20 bytes"):
-            data.download(f"{server.address}/{path}", tmp_path / "a", max_bytes=20)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_web_addresses_are_downloaded(tmp_path):
@@ -273,19 +196,6 @@ def test_only_web_addresses_are_downloaded(tmp_path):
         with pytest.raises(OSError, match="No connection adapters|Invalid URL"):
             data.download(url, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_several_downloads_of_one_file_at_once_all_succeed(offer):
-    """They write the same bytes to the same places of one part, and the first to finish gives it its name."""
-    offer("slow")
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(data.fetch("story"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [Path("data/story.txt")] * 4 and found[0].read_bytes() == BODY
-    assert [path.name for path in Path("data").iterdir()] == ["story.txt"]
 
 
 @pytest.mark.slow
@@ -318,7 +228,7 @@ def test_without_network_one_line_says_which_file_to_put_where(offer, capsys, mo
     *retries, line = capsys.readouterr().err.strip().split("\n")
     assert len(retries) == 2 and all("trying again" in retry for retry in retries)
     assert f"http://127.0.0.1:{port}/story" in line and os.path.join("data", "story.txt") in line and "DATA_DIR" in line
-    assert list(Path("data").iterdir()) == []
+    assert not Path("data").exists()
 
 
 def test_a_file_in_data_dir_is_used_and_one_with_a_wrong_sum_reported_not_touched(offer, monkeypatch, capsys):
@@ -369,11 +279,11 @@ def test_another_zip_than_the_pinned_one_is_never_opened(offer, server, archive)
 def test_the_list_of_datasets_is_complete():
     """Every dataset has a license and a citation; a file has an address over TLS and a sha256, or the host's."""
     assert list(data.DATASETS) == ["tinyworld", "verdict", "shakespeare", "tinystories", "tinystories_full",
-                                   "stdlib", "sms_spam", "instructions", "alpaca", "preferences", "hh_rlhf", "hellaswag"]
+                                   "sms_spam", "instructions", "alpaca", "preferences", "hh_rlhf", "hellaswag"]
     for name, dataset in data.DATASETS.items():
         assert dataset.license and dataset.citation
         assert all(url.startswith("https://") for url in dataset.urls) and bool(dataset.urls) == bool(dataset.file)
-        assert len(dataset.sha256) == 64 or name in ("tinyworld", "stdlib") or "unpinned" in dataset.citation or name == "hh_rlhf"
+        assert len(dataset.sha256) == 64 or name == "tinyworld" or "unpinned" in dataset.citation or name == "hh_rlhf"
         assert len(dataset.zip_sha256) == (64 if dataset.urls and ".zip" in dataset.urls[0] else 0)
 
 
@@ -424,7 +334,6 @@ def test_a_dataset_brings_its_separator_and_another_one_works_too(stories, monke
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     shutil.copy(path, tmp_path / data.DATASETS["tinystories"].file)
     assert list(data.texts("tinystories")) == items
-    assert data.DATASETS["tinystories_full"].max_bytes > 2_300_000_000
     Path("other.txt").write_text("a b\n====\nc <|endoftext|> d\n====\n", encoding="utf-8")
     assert list(data.texts("other.txt", "====")) == ["a b", "c <|endoftext|> d"]
     Path("lines.jsonl").write_text('{"text": "a ==== b"}\n{"text": "c"}\n', encoding="utf-8")
@@ -475,14 +384,14 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2_tokenizer, tmp_path)
     words = ["it", "'s", " ", "  ", "\n", "\n\n", "\t", "don't", "12", "...", "é", "日本", "🙂", "_", "\u00a0", " \n ", "x"]
     text = "".join(rng.choice(words) for _ in range(4000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    pieces = list(filter(None, data.decoded(tmp_path / "a.txt", 37, data.CUT)))
+    pieces = list(filter(None, data.cut_pieces(data.decoded(tmp_path / "a.txt", 37))))
     assert len(pieces) > 100 and "".join(pieces) == text
     joined = [i for piece in pieces for i in gpt2_tokenizer.encode(piece)]
     assert joined == gpt2_tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, *(data.PIECE - n for n in range(4)), data.PIECE * 2 + 9])
-@pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x97", b"\xc3(", b"\0", b"\xf0\x9f\x99"])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x97", b"\xc3(", b"\xf0\x9f\x99"])
 def test_the_offset_of_a_bad_byte_is_named(tmp_path, prefix, bad):
     """Where Python's own decoder puts the error in the whole file, there our message does, across block borders too."""
     content = "é".encode() * (prefix // 2) + b"a" * (prefix % 2) + bad
@@ -560,14 +469,6 @@ def test_a_mix_has_the_shares_it_names(tmp_path):
     for part in ("a.txt:x", "a.txt:nan", "c.txt:2"):
         with pytest.raises(FileNotFoundError, match=part.removesuffix(":2")):
             list(data.texts(part + ",b.txt:0.7"))
-
-
-def test_the_standard_library_is_a_text_corpus_on_every_machine():
-    """`stdlib` reads its modules, each a document, without test suites and installed packages."""
-    first = next(iter(data.texts("stdlib")))
-    names = data.files_of("stdlib")
-    assert first and Path(json.__file__) in names and len(names) > 300
-    assert not any({"site-packages", "test"} & set(path.parts) for path in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1046,7 +947,7 @@ BAD_INPUTS = [
     ("corpus", "a.csv", "text,label\nA cat.,pet\n", "holds records, not text"),
     ("corpus", "A.CSV.gz", gzip.compress(b"text,label\nA cat.,pet\n"), "holds records, not text"),
     ("corpus", "a.json", '[{"text": "A cat."}]', "holds records, not text"),
-    ("messages", "a.tsv", b"ham\thi\0", "byte 6"),
+    ("messages", "a.tsv", b"ham\thi\0", "zero bytes"),
     ("messages", "a.csv", "label,text\nham,hi\nspam", "row 3: 1 columns, expected 2"),
     ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "row 2: unexpected end of data"),
     ("messages", "a.csv", 'label,text\nham,"hi"x\nspam,you\n', "row 2"),
@@ -1152,23 +1053,23 @@ def small_world(monkeypatch):
 
 
 def test_the_commands_do_what_they_say(small_world, tmp_path, capsys, monkeypatch):
-    """list names all, show prints counts and samples of each view, prepare reports tokens."""
+    """list names all, show prints three items of each view and counts them, prepare reports tokens."""
     assert data.main([]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(data.DATASETS)
-    for view, words in {"corpus": "20 items", "messages": "spam 1 (50.0%)", "instructions": "output: cats",
-                        "preferences": "preferred: 2"}.items():
+    for view, words in {"corpus": "20 items", "messages": '["spam", "Win!"]\n["ham", "Hi"]\n2 items',
+                        "instructions": '"output": "cats"', "preferences": '"preferred": 2'}.items():
         assert data.main(["show", "tinyworld", "--view", view]) == 0
         assert words in capsys.readouterr().out
-    (tmp_path / "a.csv").write_text("label,text\ngood,é🙂\n", encoding="utf-8")
-    assert data.main(["show", "a.csv", "--view", "messages"]) == 0 and "good" in capsys.readouterr().out
-    files = {"a.csv": ("label,text\ngood,day\n", "labels: good 1"), "b.tsv": ("good\tday\n", "labels: good 1"),
-             "c.json": ('[{"instruction": "Say a.", "output": "A."}]', "prompt: Say a.\nanswer: A."),
-             "d.jsonl": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "rejected: c"),
-             "e.jsonl": ('{"text": "day"}\n', "text: day"), "f.txt": ("good\tday\n", "text: good\tday")}
-    for name, (text, words) in files.items():  # read as their ending or their first object's keys say
+    files = {"a.csv": ("messages", "label,text\ngood,é🙂\n", '["good", "é🙂"]\n1 item'),
+             "b.tsv": ("messages", "good\tday\n", '["good", "day"]'),
+             "c.json": ("instructions", '[{"instruction": "Say a.", "output": "A."}]', '"content": "A."'),
+             "d.jsonl": ("preferences", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', '"rejected": "c"'),
+             "e.jsonl": ("corpus", '{"text": "day"}\n', '"day"'), "f.txt": ("corpus", "good day\n" * 9, '"good day')}
+    for name, (view, text, words) in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-        assert data.main(["show", name]) == 0 and words in capsys.readouterr().out, name
-    assert data.main(["get", "stdlib"]) == 0 and "PSF" in capsys.readouterr().out
+        assert data.main(["show", name, "--view", view]) == 0 and words in capsys.readouterr().out, name
+    monkeypatch.setattr(data, "fetch", lambda name: Path("here"))
+    assert data.main(["get", "verdict"]) == 0 and "here\nlicense: public domain" in capsys.readouterr().out
     tokenizer = pytest.importorskip("tokenizer")
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda source: Characters())
     assert data.main(["prepare"]) == 0
