@@ -1056,7 +1056,7 @@ fact color: What color is the {word}? | Name the color of this animal. / {word} 
 fact job: What is {word}'s job? | Name the work of this person. / {word} | What work does {word} do?
   | What does {word} work as?
 fact town: In which town does {word} live? | Name the home town of this person. / {word} | Where does {word} live?
-  | A letter is for {word}. To which town does it go?
+  | What is the home town of {word}?
 fact pet: Which pet does {word} have? | Name the pet of this person. / {word} | What animal does {word} keep?
   | What is the pet of {word}?
 fact likes: What does {word} like to eat? | Name the favorite food of this person. / {word}
