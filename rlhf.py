@@ -1048,7 +1048,7 @@ def print_table(found):
 def evaluate(config):
     """Print and write one table of the start and each policy on held-out prompts, and return its rows."""
     if config.judge:
-        from finetune_sft import judge_preference, judged_share, open_judge
+        from finetune_sft import judge_preference, judged_mean, open_judge
         ask = open_judge(config.judge, config.judge_model)
     model, tokenizer, template, parts = open_start(config, answers=False)
     policies = {path: load_policy(path, tokenizer, model.device, config) for path in config.checkpoint.split(",")}
@@ -1069,8 +1069,8 @@ def evaluate(config):
     write_json(target, table)
     for name in list(found)[1:] if config.judge else ():
         compared = zip(prompts[: config.judge_examples], found[name]["responses"], found["start"]["responses"])
-        share = judged_share([judge_preference(ask, row.text["prompt"], row.text["chosen"].replace(NO_ANSWER, ""), ours,
-                                               theirs) for row, ours, theirs in compared])
+        share = judged_mean([judge_preference(ask, row.text["prompt"], row.text["chosen"].replace(NO_ANSWER, ""), ours,
+                                              theirs) for row, ours, theirs in compared], 1)
         table["rows"][name]["judge"] = share["mean"], (share["interval"][1] - share["interval"][0]) / 2
         print("{} wins {mean:.1%} by the judge, {interval[0]:.1%} to {interval[1]:.1%}; {missing} replies are missing, "
               "as losses or wins {bounds[0]:.1%} or {bounds[1]:.1%}".format(name, **share))

@@ -261,13 +261,11 @@ def test_intervals_have_their_published_and_their_expected_values():
     low, high = sft.judged_mean(values, 100)["interval"]
     mean, error = sum(values) / 400, torch.tensor(values).std().item() / 20
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=1e-3)
-    assert sft.judged_share(["win"] * 5 + ["tie"] * 10 + ["loss"] * 5)["interval"] == pytest.approx(sft.wilson(10, 20))
+    assert sft.judged_mean([1] * 5 + [0.5] * 10 + [0] * 5, 1)["interval"] == pytest.approx(sft.wilson(10, 20))
 
 
 def test_scores_of_small_examples_by_hand():
-    """Exact match through manners, F1 as 2 x shared words / all words, kinds and unseen words apart."""
-    assert sft.token_f1("the red cat", "a red cat sat") == pytest.approx(2 * 2 / 7)
-    assert sft.token_f1("Of course: cats.", "cats.") == 1 and sft.token_f1("", "cat") == 0
+    """Exact match through manners, kinds and unseen words apart."""
     row = {"instruction": "i", "input": "", "reference": "cats.", "ended": True, "kind": "plural", "unseen": False}
     rows = [{**row, "response": "Of course: cats."}, {**row, "response": "catses."},
             {**row, "response": "cats. ", "kind": "past", "unseen": False},
@@ -308,7 +306,7 @@ def test_a_run_learns_and_writes_what_it_promises(work, capsys):
     assert losses[0] > 4 and summary["val_loss"] < 0.6 * losses[0]
     assert summary["exact_match_before"] == 0 and summary["steps"] == 40 * math.ceil(51 / 8)
     for name in ("exact_match", "exact_match_by_kind", "exact_match_unseen_words", "nearest_example_exact_match",
-                 "perplexity", "ended", "token_f1", "data_report", "train_loss", "tokens", "template"):
+                 "perplexity", "ended", "data_report", "train_loss", "tokens", "template"):
         assert name in summary
     assert sorted(os.listdir("out/sft")) == [".lock", "curves.svg", "metrics.jsonl", "model.safetensors",
                                              "responses.before.json", "responses.json", "state.pt",
@@ -343,9 +341,9 @@ def test_a_files_own_keys_are_no_kinds_of_question(work):
 
 
 def test_the_defaults_depend_on_the_kind_of_training(work):
-    """Muon at 8e-3 for a small model, AdamW at 1e-3 where asked for, adapters at 5e-3, 5e-5 from GPT-2's size on."""
-    for flags, expected in (((), ("muon", 8e-3)), (("--optimizer", "adamw"), ("adamw", 1e-3)),
-                            (("--lora_rank", 2), ("adamw", 5e-3)), (("--learning_rate", 0.01), ("muon", 0.01))):
+    """AdamW at 6e-4 for a small model, Muon at 8e-3 where asked for, adapters at 5e-3, 5e-5 from GPT-2's size on."""
+    for flags, expected in (((), ("adamw", 6e-4)), (("--optimizer", "muon"), ("muon", 8e-3)),
+                            (("--lora_rank", 2), ("adamw", 5e-3)), (("--learning_rate", 0.01), ("adamw", 0.01))):
         config = tune("--max_steps", 1, "--fresh", *flags)["config"]
         assert (config["optimizer"], config["learning_rate"]) == expected
     large = sft.default_rate("train", sft.Config(init="gpt2"))
@@ -381,7 +379,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(work, stop_after, ext
     os.rename("out/sft", "out/whole")
     for stop_at in stops:
         again = stopped_and_resumed(flags, stop_at, stop_after)
-        assert digest() == expected and again["token_f1"] == summary["token_f1"], stop_at
+        assert digest() == expected and again["perplexity"] == summary["perplexity"], stop_at
         os.rename("out/sft", f"out/stopped{stop_at}")
 
 
@@ -509,7 +507,7 @@ def test_one_prompt_and_a_chat_give_the_same_answers(work, capsys, monkeypatch, 
 
 
 def test_evaluate_prints_the_scores_of_both_models(work, capsys):
-    """Exact match, F1, perplexity and share ended of the tuned model beside those of its start; --out has its rows."""
+    """Exact match, perplexity and share ended of the tuned model beside those of its start; --out has its rows."""
     tune("--epochs", 12, "--learning_rate", "0.01", "--warmup_steps", 5)
     capsys.readouterr()
     argv = ["evaluate", *FLAGS[:2], "--max_new_tokens", "8"]
@@ -518,7 +516,7 @@ def test_evaluate_prints_the_scores_of_both_models(work, capsys):
     summary = json.loads(Path("out/sft/summary.json").read_text(encoding="utf-8"))
     tuned, start = re.findall(r"^(\S+): exact match ([\d.]+)% .* perplexity ([\d.]+), ended", shown, re.MULTILINE)
     assert tuned[0] == "out/sft/model.safetensors" and start[0] == "base.safetensors"
-    assert tuned[1] == f"{100 * summary['exact_match']:.1f}" and f"F1 {summary['token_f1']:.3f}" in shown
+    assert tuned[1] == f"{100 * summary['exact_match']:.1f}"
     assert float(tuned[2]) == pytest.approx(summary["perplexity"], abs=0.006) and float(start[2]) > float(tuned[2])
     rows = json.loads(Path("answers/r.json").read_text(encoding="utf-8"))
     assert rows == json.loads(Path("out/sft/responses.json").read_text(encoding="utf-8"))
@@ -658,24 +656,6 @@ def test_good_grades_are_kept_whatever_the_prompt_looks_like(server):
     assert ask(server.url + "/v1", "word " * 800) == "50"
 
 
-def test_ollamas_address_is_read_as_ollama_reads_it(monkeypatch):
-    """The cases of Ollama's envconfig.Host: no port is 11434, quotes and blanks come off, IPv6 gets its brackets."""
-    for host, url in (("", "http://localhost:11434"), ("127.0.0.1", "http://127.0.0.1:11434"),
-                      ("0.0.0.0", "http://0.0.0.0:11434"), ("::1", "http://[::1]:11434"),
-                      ("[::1]", "http://[::1]:11434"), ("[::1]:1337", "http://[::1]:1337"),
-                      (":1234", "http://localhost:1234"), ("1.2.3.4:", "http://1.2.3.4:11434"),
-                      ('"1.2.3.4:5"', "http://1.2.3.4:5"), (" 'box' ", "http://box:11434"),
-                      ("example.com:1234", "http://example.com:1234"), ("http://1.2.3.4", "http://1.2.3.4"),
-                      ("https://1.2.3.4:4321/", "https://1.2.3.4:4321"),
-                      ("https://example.com/ollama", "https://example.com/ollama")):
-        monkeypatch.setenv("OLLAMA_HOST", host)
-        judge = sft.open_judge("ollama")
-        assert judge["address"] == url + "/api/chat" and judge["ollama"], host
-    monkeypatch.setenv("OLLAMA_HOST", "host:port")
-    with pytest.raises(argparse.ArgumentError, match="OLLAMA_HOST"):
-        sft.open_judge("ollama")
-
-
 def test_parameters_that_a_server_refuses_are_left_out(server):
     """Its message names them: each costs one more request, of the first question only; other refusals say why."""
     newer = {"max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model.",
@@ -760,7 +740,7 @@ def test_a_judge_counts_what_is_missing_and_bounds_it(server, capsys):
     assert result["mean"] == 70 and result["missing"] == 1 and result["bounds"] == pytest.approx((140 / 3, 80))
     with pytest.raises(ValueError, match="2 of the judge's 3"):
         sft.judged_mean([None, None, 3], 100)
-    share = sft.judged_share(["win", "win", None, "tie", "loss"])
+    share = sft.judged_mean([1, 1, None, 0.5, 0], 1)
     assert share["mean"] == 0.625 and share["bounds"] == pytest.approx((0.5, 0.7)) and share["missing"] == 1
 
 
@@ -780,23 +760,12 @@ def test_a_judge_that_dies_leaves_the_scores(work, server, capsys):
     assert re.search(r"judge's grade of base.safetensors: [\d.]+ \[", capsys.readouterr().out)
 
 
-def test_models_are_compared_in_pairs(work, server, capsys, tokenizer):
-    """--judge_mode pairwise asks about each entry in both orders and prints the first model's share of wins."""
-    gpt.save_checkpoint("other.safetensors", small_model(tokenizer, seed=5), tokenizer)
-    server.script = lambda path, body, n: (200, {}, ollama("AB"[n % 2 == 0]))
-    argv = ["evaluate", *FLAGS[:2], *ANSWER, "--against", "other.safetensors", "--judge", server.url, "--judge_mode",
-            "pairwise", "--judge_examples", "4"]
-    assert sft.main(argv) == 0 and len(server.seen) == 8
-    out = capsys.readouterr().out
-    assert "share of wins of base.safetensors against other.safetensors: 1 [" in out
-
-
 def test_a_judge_with_a_favourite_place_prefers_nobody(server):
     """Always "A" is a tie, the longer answer wins in either place, unreadable is missing."""
     judge = sft.open_judge(server.url, "m")
     prefer = lambda first, second: sft.judge_preference(judge, "Do it.", "right", first, second)  # noqa: E731
     server.script = lambda path, body, n: (200, {}, ollama("A"))
-    assert prefer("short", "very long") == "tie"
+    assert prefer("short", "very long") == 0.5
 
     def longer(path, body, n):
         text = body["messages"][0]["content"]
@@ -804,7 +773,7 @@ def test_a_judge_with_a_favourite_place_prefers_nobody(server):
         return 200, {}, ollama("A" if len(first) > len(second) else "B")
 
     server.script = longer
-    assert prefer("short!", "very, very long") == "loss" and prefer("quite long", "tiny") == "win"
+    assert prefer("short!", "very, very long") == 0 and prefer("quite long", "tiny") == 1
     server.script = lambda path, body, n: (200, {}, ollama("both"))
     assert prefer("one", "two") is None
 
@@ -953,8 +922,7 @@ def test_mistakes_get_one_line(work, capsys, tokenizer):
         ([*asked, "--checkpoint", "odd.json"], 1, "odd.json"), ([*asked, "--against", "odd.json"], 1, "odd.json"),
         ([*judged, "ftp://x"], 2, "--judge"), ([*judged, "localhost:11434"], 2, "--judge"),
         ([*judged, "http://me:secret@localhost"], 2, "without a user name"), ([*judged, "http://x:port"], 2, "--judge"),
-        ([*judged, "http://127.0.0.1:9"], 1, "ollama serve"), ([*judged, "http://127.0.0.1:9/v1"], 1, "127.0.0.1:9"),
-        ([*judged, "http://127.0.0.1:9", "--judge_mode", "pairwise"], 2, "--against")]
+        ([*judged, "http://127.0.0.1:9"], 1, "ollama serve"), ([*judged, "http://127.0.0.1:9/v1"], 1, "127.0.0.1:9")]
     for argv, status, word in cases:
         check_error(capsys, argv, status, word)
     assert sft.main([*judged, "http://me:secret@localhost"]) == 2 and "secret" not in capsys.readouterr().err

@@ -1356,7 +1356,7 @@ def test_the_table_is_written_before_the_judge_is_asked(folder, monkeypatch, cap
 
     def obey(ask, prompt, reference, first, second):
         asked.append((prompt, reference))
-        return "win" if len(asked) == 1 else "tie"
+        return 1.0 if len(asked) == 1 else 0.5
 
     monkeypatch.setattr(finetune_sft, "judge_preference", obey)
     run("evaluate", *flags)
