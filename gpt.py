@@ -69,7 +69,6 @@ GPT2 = GPTConfig(qkv_bias=True, tie_weights=True)
 GPT_CONFIGS = {
     "tiny": GPTConfig(1024, 128, 128, 4, 4, 0.0, tie_weights=True, exact_gelu=True),  # trains in minutes on a laptop
     "gpt2": GPT2,  # 124M
-    "gpt2-small": GPT2,
     "gpt2-medium": dataclasses.replace(GPT2, emb_dim=1024, n_layers=24, n_heads=16),  # 355M
     "gpt2-large": dataclasses.replace(GPT2, emb_dim=1280, n_layers=36, n_heads=20),  # 774M
     "gpt2-xl": dataclasses.replace(GPT2, emb_dim=1600, n_layers=48, n_heads=25),  # 1558M
@@ -142,11 +141,10 @@ class MultiHeadAttention(nn.Module):
 
     def by_steps(self, x):
         """Return the same as `forward` without a mask or cache, and the attention weights (B, H, T, T)."""
-        T = x.shape[1]
         q, k, v = self.heads(x)
         scores = q @ k.transpose(2, 3)  # how well each query matches each key: (B, H, T, T)
         scores = scores / math.sqrt(q.shape[-1])  # a sum of D products has a standard deviation of sqrt(D)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future, -math.inf)
         weights = torch.softmax(scores, dim=-1)  # each row sums to 1
         y = F.dropout(weights, self.drop_rate, self.training) @ v  # the weighted sum of the values: (B, H, T, D)
@@ -304,16 +302,14 @@ def sampling_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_
     if top_k is None and top_p is None and not min_p:
         return probs
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:
-        keep[:, top_k:] = False
+        ordered[:, top_k:] = 0
     if top_p is not None:
-        kept = torch.where(keep, ordered, 0)
-        kept = kept / kept.sum(dim=-1, keepdim=True)
-        keep &= kept.cumsum(dim=-1) - kept < top_p  # the mass before a token: the one that crosses p stays
+        share = ordered / ordered.sum(dim=-1, keepdim=True)
+        ordered[share.cumsum(dim=-1) - share >= top_p] = 0  # the mass before a token: the one that crosses p stays
     if min_p:
-        keep &= ordered >= min_p * ordered[:, :1]
-    probs = torch.zeros_like(probs).scatter(1, order, torch.where(keep, ordered, 0))
+        ordered[ordered < min_p * ordered[:, :1]] = 0
+    probs = torch.zeros_like(probs).scatter(1, order, ordered)
     return probs / probs.sum(dim=-1, keepdim=True)
 
 
@@ -392,17 +388,13 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     return torch.cat([ids, torch.stack(new, dim=1)], dim=1) if new else ids
 
 
-def stop_at(decode, strings):
-    """Return a `stop` function for `generate`: true once the decoded new tokens contain one of `strings`."""
-    return lambda new_ids: any(string in decode(new_ids) for string in strings)
-
-
 def stream_text(decode, new_ids, stop_strings=()):
     """Yield the text of token ids piece by piece as they come, never half a character and nothing of a stop string.
 
-    A token can end inside a character, which decodes to U+FFFD until its other bytes arrive. Text before it that can be
-    the start of a stop string waits, too, until it is clear that the rest does not follow."""
+    A token can end inside a character, which decodes to U+FFFD until its other bytes arrive. What can be the start of a
+    stop string waits, too."""
     ids, sent, text = [], 0, ""
+    starts = [string[:n] for string in stop_strings for n in range(1, len(string))]
     for next_id in new_ids:
         ids.append(int(next_id))
         text = decode(ids)
@@ -410,22 +402,20 @@ def stream_text(decode, new_ids, stop_strings=()):
         if ends:
             yield text[sent : min(ends)]
             return
-        whole, waiting = text.rstrip("\ufffd"), 0
-        for string in stop_strings:
-            waiting = max([waiting] + [n for n in range(1, len(string)) if whole.endswith(string[:n])])
-        if len(whole) - waiting > sent:
-            yield text[sent : len(whole) - waiting]
-            sent = len(whole) - waiting
+        whole = text.rstrip("\ufffd")
+        ready = len(whole) - max((len(start) for start in starts if whole.endswith(start)), default=0)
+        if ready > sent:
+            yield text[sent:ready]
+            sent = ready
     yield text[sent:]
 
 
 class Int8Linear(nn.Module):
     """A linear layer for inference on an x86 CPU with int8 weights, about 1% off: (..., in) -> (..., out).
 
-    Each row of the weight is rounded to multiples of its largest entry / 127, each row of the input to multiples of
-    its largest / 63, and what that leaves to multiples of a 126th of it: rounding once would double the error, and one
-    large value, as GPT-2's have, would drown the others. Both parts share a pass over the weights, which is the work.
-    7 and 8 bits, because on processors without VNNI the sum of two products must fit into 16 bits."""
+    A row of the weight is rounded to multiples of its largest entry / 127, a row of the input to multiples of its
+    largest / 63 (without VNNI two products must fit into 16 bits) and what that leaves to multiples of a 126th of it:
+    rounding once would double the error, and one large value, as GPT-2's have, would drown the others."""
 
     def __init__(self, linear):
         super().__init__()
@@ -479,7 +469,6 @@ def int8_linears(model):
 # A safetensors file is 8 bytes (the header's length N, little-endian), N bytes of JSON (dtype, shape and place of each
 # tensor), then the data. Nothing in it can run. Format: https://github.com/huggingface/safetensors#format
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -609,14 +598,12 @@ def distinct_tensors(model):
 def save_checkpoint(path, model, tokenizer=None, **info):
     """Return the sha256 of the data after writing model, config and tokenizer to one safetensors file.
 
-    `model` is any module with a `config`, compiled or not. `info` says how it was trained (JSON values); its `kind` is
-    "gpt" unless given. Raises ValueError for adapters that are not merged."""
+    `model` is any module with a `config`, compiled or not; `info` (JSON values) says how it was trained. Raises
+    ValueError for adapters that are not merged and for int8 weights."""
     model, info = getattr(model, "_orig_mod", model), {"kind": "gpt", **info}
     tensors = distinct_tensors(model)
-    require(not any(name.endswith(("lora_A", "lora_B")) for name in tensors),
-            f"{path}: the model has adapters that are not merged; call lora.merge_lora(model) first")
-    require(not any(isinstance(module, Int8Linear) for module in model.modules()),
-            f"{path}: int8 weights are for generation; save the model before int8_linears(model)")
+    require(not any(name.endswith("lora_A") for name in tensors), f"{path}: adapters not merged; call lora.merge_lora")
+    require(Int8Linear not in map(type, model.modules()), f"{path}: int8 weights are for generation, not to be saved")
     metadata = {"kind": info["kind"], "config": json.dumps(dataclasses.asdict(model.config)), "info": json.dumps(info)}
     if tokenizer is not None:
         metadata["tokenizer"] = json.dumps(tokenizer.to_dict())
@@ -629,17 +616,15 @@ def _load_tokenizer(source):
         print("note: no tokenizer.py beside gpt.py, so the tokenizer is not loaded", file=sys.stderr)
         return None
     from tokenizer import from_dict, load_tokenizer
-
     return load_tokenizer(source) if isinstance(source, str) else from_dict(source)
 
 
 def read_checkpoint(path):
     """Return (tensors, config, tokenizer or None, info) from a file of `save_checkpoint`, verified by its hashes.
 
-    Raises FileNotFoundError, or ValueError for a folder and for a file that is damaged, is not a checkpoint, or
-    describes a model larger than its data. Files of the first edition have `made` for `info`."""
-    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it (an adapter: python lora.py merge "
-            f"--adapter {path}; Hugging Face's: python gpt2_weights.py import --source {path})")
+    Raises FileNotFoundError, or ValueError for a folder and for a file that is damaged, is no checkpoint, or describes
+    a model larger than its data. Files of the first edition have `made` for `info`."""
+    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it, or: lora.py merge --adapter {path}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; make one with: python train.py")
     tensors, metadata = read_safetensors(path)
@@ -650,7 +635,7 @@ def read_checkpoint(path):
             f"{path} is damaged: its sha256 is not the one in its header; restore a copy or train again")
     try:
         config = GPTConfig(**json.loads(metadata["config"]))
-        info = {"kind": "gpt", **json.loads(metadata["info"] if "info" in metadata else metadata["made"])}
+        info = {"kind": "gpt", **json.loads(metadata.get("info") or metadata["made"])}
         tokenizer = _load_tokenizer(json.loads(metadata["tokenizer"])) if "tokenizer" in metadata else None
     except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata does not fit: {error}") from None
@@ -662,18 +647,16 @@ def read_checkpoint(path):
 
 @torch.no_grad()
 def copy_weights(model, tensors, path):
-    """Return `model` with named tensors copied into it; ValueError, and nothing copied, unless all of them fit.
+    """Return `model` with named tensors copied in; ValueError, and nothing copied, unless all names and shapes fit.
 
-    Names, shapes and finiteness are checked; of tensors that share memory the second may be missing (a tied head)."""
+    Of tensors that share memory the second may be missing (a tied head)."""
     wanted = distinct_tensors(model)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(model.state_dict()))
-    wrapped = [p for p in ("_orig_mod.", "module.", "model.") if any(name.startswith(p) for name in extra)]
-    require(not wrapped, f"{path}: names begin with {wrapped}: a wrapper was saved instead of the model inside it")
     require(not missing and not extra, f"{path}: missing tensors {missing[:3]}, unknown tensors {extra[:3]}")
     for name, target in wanted.items():
         tensor, shape = tensors[name], tuple(target.shape)
         require(tensor.shape == shape, f"{path}: {name!r} has the shape {tuple(tensor.shape)}, the model {shape}")
-        require(tensor.dtype.is_floating_point and tensor.itemsize > 1, f"{path}: {name!r} holds {tensor.dtype}")
+        require(tensor.dtype.is_floating_point, f"{path}: {name!r} holds {tensor.dtype}")
         low, high = tensor.aminmax()  # NaN and infinity show in them; isfinite would make a copy
         require(math.isfinite(low) and math.isfinite(high), f"{path}: {name!r} holds values that are not finite")
     for name, target in wanted.items():
@@ -688,7 +671,6 @@ def load_checkpoint(name_or_path, device="cpu"):
     name = str(name_or_path)
     if name in GPT_CONFIGS and name != "tiny":
         from gpt2_weights import load_gpt2
-
         return load_gpt2(name).to(device).eval(), _load_tokenizer("gpt2"), {"kind": "gpt", "init": name}
     tensors, config, tokenizer, info = read_checkpoint(name)
     require(info["kind"] != "reward", f"{name} is a reward model, not a language model")
@@ -706,10 +688,6 @@ def load_language_model(name_or_path, device="cpu"):
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """Stopped(message, signal): a signal ended the run after its state was saved."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -752,11 +730,8 @@ def guarded(function, *args, debug=False):
         status = function(*args)
         sys.stdout.flush()
         return status if type(status) is int else 0
-    except SystemExit as stop:  # argparse printed help or an error
+    except SystemExit as stop:  # argparse printed help or an error, or a signal ended a run after it was saved
         return stop.code
-    except Stopped as stop:
-        print(f"\nstopped: {stop.args[0]}", file=sys.stderr)
-        return 128 + stop.args[1]
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout, `| head` for one, has closed it
@@ -821,7 +796,6 @@ def generate_command(args):
         for name, low in (("max_new_tokens", 0), ("num_samples", 1), ("seed", 0)):
             value = getattr(args, name)
             require(low <= value < 2**63, f"{name} must be at least {low} and below 2^63, not {value}")
-        require("" not in args.stop, "stop needs some text to stop at")
     except ValueError as error:
         raise argparse.ArgumentError(None, f"--{error}") from None
     check_utf8(args.prompt, *args.stop)
@@ -852,21 +826,17 @@ def count_parameters(config):
     return sum(parameter.numel() for parameter in empty_model(config, device="meta").parameters())
 
 
-def flops_per_token(config):
-    """Return the FLOPs of one token's forward pass at full context (Kaplan et al. 2020, 2.1); training: three times."""
-    C, V, L, T = config.emb_dim, config.vocab_size, config.n_layers, config.context_length
-    return 2 * (12 * L * C * C + V * C) + 4 * L * C * T
-
-
 def info_command(args):
     """Print the layers, parameters, memory and work of a model."""
     config = load_checkpoint(args.checkpoint)[0].config if args.checkpoint else GPT_CONFIGS[args.model]
     print(f"{args.checkpoint or args.model}: {config}\n\n{empty_model(config, device='meta')}\n")
     print(f"{'':<14}{'parameters':>14}{'MB':>10}{'training GB':>13}{'cache KB/token':>16}{'GFLOP/token':>13}")
     for name, size in {"this model": config, "gpt2, no bias": GPTConfig(), **GPT_CONFIGS}.items():
-        count, cache = count_parameters(size), 2 * 4 * size.n_layers * size.emb_dim
+        C, V, L, T = size.emb_dim, size.vocab_size, size.n_layers, size.context_length
+        count, cache = count_parameters(size), 2 * 4 * L * C
+        flops = 2 * (12 * L * C * C + V * C) + 4 * L * C * T  # Kaplan et al. 2020, 2.1; training: three times
         print(f"{name:<14}{count:>14,}{count * 4 / 2**20:>10,.2f}{count * 16 / 1e9:>13.2f}{cache / 1e3:>16.1f}"
-              f"{flops_per_token(size) / 1e9:>13.3f}")
+              f"{flops / 1e9:>13.3f}")
     print("MB = 2^20 bytes in float32; training = weights, gradients and Adam's two moments, without activations")
 
 
@@ -875,10 +845,8 @@ def inspect_command(args):
     check_utf8(args.prompt)
     model, tokenizer, _ = load_language_model(args.checkpoint)
     ids, context, layers = tokenizer.encode(args.prompt), model.config.context_length, model.config.n_layers
-    if not 0 < len(ids) <= context:
-        raise argparse.ArgumentError(None, f"--prompt has {len(ids)} tokens; 1 to {context} fit")
-    if not -layers <= args.layer < layers:
-        raise argparse.ArgumentError(None, f"--layer {args.layer}: there are 0 to {layers - 1}, and -1 for the last")
+    require(0 < len(ids) <= context, f"--prompt has {len(ids)} tokens; 1 to {context} fit")
+    require(-layers <= args.layer < layers, f"--layer {args.layer}: there are 0 to {layers - 1}, and -1 for the last")
     weights = attention_maps(model, torch.tensor([ids]))[args.layer][0].mean(dim=0)  # (T, T)
     pieces = [repr(tokenizer.decode([i])) for i in ids]
     for t, piece in enumerate(pieces):

@@ -12,10 +12,9 @@
 
 The sizes are gpt2 (124M parameters), gpt2-medium (355M), gpt2-large (774M) and gpt2-xl (1558M). Two formats are read:
 Hugging Face's (config.json with model.safetensors, or with the files that its index names) and OpenAI's TensorFlow
-checkpoint (hparams.json, model.ckpt.index, model.ckpt.data-00000-of-00001), but never a pickle. Tensors are mapped from
-disk and copied once. Downloads go to $DATA_DIR/gpt2/gpt2/ (DATA_DIR is data/ unless set), from huggingface.co (or
-$HF_ENDPOINT) at a pinned revision, else from OpenAI to gpt2/124M/ there; their sha256 is checked at every load by name.
-Differs from the originals: weights are stored as PyTorch multiplies them (out x in). Source: github.com/openai/gpt-2.
+checkpoint (hparams.json, model.ckpt.index, model.ckpt.data-00000-of-00001), but never a pickle. Downloads go to
+$DATA_DIR/gpt2/gpt2/ (DATA_DIR is data/ unless set), from huggingface.co (or $HF_ENDPOINT) at a pinned revision, else
+from OpenAI to gpt2/124M/ there; their sha256 is checked at every load by name. Source: github.com/openai/gpt-2.
 """
 
 import argparse
@@ -53,8 +52,7 @@ PUBLISHED = {
 }
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names and shapes
+# Names and shapes -----------------------------------------------------------------------------------------------------
 
 NAMES = (("trf_blocks.", "h."), ("attn.qkv", "attn.c_attn"), ("attn.out_proj", "attn.c_proj"), ("ffn.fc1", "mlp.c_fc"),
          ("ffn.fc2", "mlp.c_proj"), (".ln1", ".ln_1"), (".ln2", ".ln_2"), ("tok_emb", "wte"), ("pos_emb", "wpe"),
@@ -82,9 +80,7 @@ def from_openai_name(name):
 
 
 def our_tensors(model, tensors, source):
-    """Return {our name: tensor} for `copy_weights` from tensors under Hugging Face's names, matrices transposed.
-
-    Nothing is copied here. Raises ValueError with `source` and the tensor that is missing, unknown or does not fit."""
+    """Return {our name: tensor}, views of tensors under Hugging Face's names; ValueError names what does not fit."""
     config, ours = model.config, {}
     left = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     if config.tie_weights and "lm_head.weight" in left:
@@ -118,13 +114,11 @@ def config_from_json(values):
                      exact_gelu=values.get("activation_function") == "gelu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# OpenAI's TensorFlow checkpoint
-#
+# OpenAI's TensorFlow checkpoint ---------------------------------------------------------------------------------------
 # The index is a table (github.com/google/leveldb/blob/main/doc/table_format.md): its last 48 bytes give the places of
-# two blocks, the second of which lists the blocks of entries. An entry is a (key, value), the key without the start
-# that it shares with the one before. The first value is a header, each other one (TensorFlow's tensor_bundle.proto)
-# gives the type, shape and place in the data file of the tensor that its key names.
+# two blocks, the second of which lists the blocks of (key, value) entries; a key leaves out the start that it shares
+# with the one before. The first value is a header, each other one (TensorFlow's tensor_bundle.proto) gives the type,
+# shape and place in the data file of the tensor that its key names.
 
 
 def varint(data, at):
@@ -176,8 +170,7 @@ def read_entry(entry, data):
     dtype, shard, offset, size = (fields.get(number, [0])[0] for number in (1, 3, 4, 5))
     dims = read_message(fields.get(2, [b""])[0]).get(2, [])
     shape = [read_message(dim).get(1, [0])[0] for dim in dims]
-    require(dtype == 1 and shard == 0 and 7 not in fields, f"type {dtype}, data file {shard} or slices; OpenAI's "
-            "tensors are of type 1 (float32), whole, in data file 0")
+    require(dtype == 1 and shard == 0 and 7 not in fields, f"type {dtype} (float32 is 1), data file {shard} or slices")
     require(len(shape) <= 8 and 4 * math.prod(shape) == size and offset % 4 == 0 and offset + size <= len(data),
             f"its shape {shape} does not fit the {size} bytes at {offset} of {len(data)}")
     return data[offset : offset + size].view(torch.float32).view(shape)
@@ -212,8 +205,7 @@ def read_tf_checkpoint(path):
     return tensors, hparams
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# Loading --------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path):
@@ -232,8 +224,8 @@ def weight_files(path):
         known = ("model.safetensors", "model.safetensors.index.json", "hparams.json", "*.bin", "*.pt*")
         path = next((file for name in known for file in sorted(path.glob(name))), path)
     if not path.is_file():
-        raise FileNotFoundError(f"no GPT-2 weights at {path}: neither model.safetensors or its index, nor OpenAI's "
-                                f"hparams.json and model.ckpt.index; known names: {', '.join(PUBLISHED)}")
+        raise FileNotFoundError(f"no GPT-2 weights at {path}; name a folder with model.safetensors, its index or "
+                                f"OpenAI's hparams.json, or one of {', '.join(PUBLISHED)}")
     require(path.suffix not in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
             f"{path} is a pickle, which can run code when it is read; run: python gpt2_weights.py get, or convert it: "
             f"transformers.AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('new')")
@@ -304,8 +296,7 @@ def find_gpt2(name):
 
 def locate_gpt2(source):
     """Return (name, folder) of a published size, downloaded if it is not there; ("", path) of anything else."""
-    name = "gpt2" if source == "gpt2-small" else source
-    return (name, find_gpt2(name) or download_gpt2(name)) if name in PUBLISHED else ("", Path(source))
+    return (source, find_gpt2(source) or download_gpt2(source)) if source in PUBLISHED else ("", Path(source))
 
 
 def verify_gpt2(folder, name):
@@ -345,27 +336,22 @@ def download_gpt2(name):
                   f"{gpt2_root() / name / 'model.safetensors'}, or name another host as HF_ENDPOINT")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
+# Export ---------------------------------------------------------------------------------------------------------------
 
 
 def exported_tensors(model, names, tokenizer):
-    """Return {name for others: tensor} of a language model, without a tied head and with zeros for a missing qkv bias.
-
-    ValueError for a model with adapters or another head, and for a tokenizer that does not fit."""
+    """Return {name for others: tensor} of a language model, without a tied head; ValueError for what does not fit."""
     model = getattr(model, "_orig_mod", model)
-    shapes = [{name: tensor.shape for name, tensor in module.state_dict().items()}
-              for module in (model, empty_model(model.config, device="meta"))]
-    require(shapes[0] == shapes[1], "only a language model can be exported; merge adapters first (python lora.py "
-            "merge); a classifier's head has no place in GPT-2")
+    tensors, plain = model.state_dict(), empty_model(model.config, device="meta").state_dict()
+    same = tensors.keys() == plain.keys() and all(tensors[name].shape == plain[name].shape for name in plain)
+    require(same, "only a language model can be exported; merge adapters first (python lora.py merge)")
     if tokenizer is not None:
         require(tokenizer.type in ("bpe", "gpt2"), f"a {tokenizer.type} tokenizer cannot be exported, only byte pairs")
         size, rows = tokenizer.vocab_size, model.config.vocab_size
         require(size == rows, f"the tokenizer has {size} tokens, the model {rows}")
-    tensors = model.state_dict()
     if model.config.tie_weights:
         del tensors["out_head.weight"]
-    if not model.config.qkv_bias:
+    if not model.config.qkv_bias:  # GPT-2 has one, so others read zeros
         tensors |= {name.replace("weight", "bias"): tensor.new_zeros(len(tensor))
                     for name, tensor in tensors.items() if name.endswith("qkv.weight")}
     return {renamed(name, names): tensor for name, tensor in tensors.items()}
@@ -429,8 +415,7 @@ def export_gpt2(model, folder, tokenizer=None, chat_template=None):
     """Write `model` as Hugging Face stores GPT-2: config, weights and, with a byte-pair `tokenizer`, its files.
 
     transformers' AutoModelForCausalLM.from_pretrained(folder) computes the same logits, load_gpt2(folder) returns the
-    same bits. A missing query/key/value bias is written as zeros, a head of its own as lm_head.weight. ValueError for a
-    folder with files of another model's tokenizer that would stay, because transformers would load them too."""
+    same bits. ValueError for a folder with another model's tokenizer, because transformers would load that too."""
     folder, tensors, eot_id = Path(folder), {}, None
     for name, tensor in exported_tensors(model, NAMES, tokenizer).items():
         tensor = tensor.t() if name.endswith(TURNED) else tensor
@@ -446,9 +431,7 @@ def export_gpt2(model, folder, tokenizer=None, chat_template=None):
     write_json(folder / "config.json", hf_config(model.config, eot_id))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Export to GGUF, the one file that llama.cpp and Ollama run
-#
+# Export to GGUF, the one file that llama.cpp and Ollama run -----------------------------------------------------------
 # github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts; metadata as (key, type, value); for each
 # tensor its name, sizes (a row's first), type and place; then the data, each tensor at a multiple of 32 bytes.
 
@@ -507,9 +490,7 @@ def gguf_tensor(name, tensor, dtype):
 def export_gguf(model, path, tokenizer, dtype="f16", chat_template=None):
     """Write a language model and its byte-pair tokenizer as one GGUF file, matrices in "f32", "f16" or "q8_0".
 
-    llama.cpp computes every GELU in the tanh form, up to 5e-4 from an exact one. ValueError for what cannot run there.
-    Example: model, tokenizer, _ = load_checkpoint("out/sft/model.safetensors")
-             export_gguf(model, "sft.gguf", tokenizer, "q8_0")"""
+    llama.cpp computes every GELU in the tanh form, up to 5e-4 from an exact one. ValueError for what it cannot run."""
     require(dtype in GGUF_FILE_TYPES, f"dtype {dtype!r} is none of {', '.join(GGUF_FILE_TYPES)}")
     tensors, end = exported_tensors(model, GGUF_NAMES, tokenizer), 0
     tensors = {name: (tensor.shape, *gguf_tensor(name, tensor, dtype)) for name, tensor in tensors.items()}
@@ -531,25 +512,22 @@ def export_gguf(model, path, tokenizer, dtype="f16", chat_template=None):
             file.write(bytes(-stored.nbytes % 32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# Commands -------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_of(folder, vocab_size):
     """Return the byte-pair tokenizer whose files are in `folder`, else GPT-2's if it fits, or None after a note why."""
     from tokenizer import BPETokenizer, load_tokenizer
-    whole, vocab, encoder, added, config = (folder / name for name in (
-        "tokenizer.json", "vocab.json", "encoder.json", "added_tokens.json", "tokenizer_config.json"))
+    whole, vocab, config = (folder / f"{name}.json" for name in ("tokenizer", "vocab", "tokenizer_config"))
     try:
         options = read_json(config) if config.is_file() else {}
         for name in ("add_prefix_space", "add_bos_token", "add_eos_token")[: 1 if whole.is_file() else 3]:
             require(not options.get(name), f"{config}: {name} is set, so it gives other ids than any tokenizer here")
         if whole.is_file():
             tokenizer = load_tokenizer(whole)
-        elif vocab.is_file() or encoder.is_file():
-            files = (vocab, folder / "merges.txt") if vocab.is_file() else (encoder, folder / "vocab.bpe")
-            require(not added.is_file(), f"{added} holds tokens that {files[0]} lacks; save a tokenizer.json instead")
-            tokenizer = BPETokenizer.from_gpt2_files(*files)
+        elif vocab.is_file():
+            require(not (folder / "added_tokens.json").is_file(), f"added_tokens.json holds tokens that {vocab} lacks")
+            tokenizer = BPETokenizer.from_gpt2_files(vocab, folder / "merges.txt")
         else:
             require(vocab_size == GPTConfig.vocab_size, f"{folder} holds no tokenizer.json or vocab.json")
             tokenizer = load_tokenizer("gpt2")
@@ -611,11 +589,9 @@ def export_command(args):
     gguf, there = args.format == "gguf", Path(args.out, "model.safetensors")
     if gguf != args.out.endswith(".gguf") or args.dtype and not gguf:
         raise argparse.ArgumentError(None, "--format gguf, an --out that ends in .gguf and --dtype belong together")
-    if gguf and os.path.exists(args.out):
-        raise argparse.ArgumentError(None, f"--out {args.out} exists; give another --out")
     exported = there.with_name("config.json").exists() and there.resolve() != Path(args.source).resolve()
-    if there.exists() and not exported:
-        raise argparse.ArgumentError(None, f"{there} is there and no earlier export; give another --out")
+    if os.path.isfile(args.out) or there.exists() and not exported:
+        raise argparse.ArgumentError(None, f"--out {args.out} is there and no earlier export; give another --out")
     model, tokenizer, info = load_checkpoint(args.source)
     template = chat_template(info["template"]) if "template" in info else None
     if gguf:
@@ -635,10 +611,9 @@ def check_command(args):
     """Load a published size and compare its losses with the published ones."""
     from tokenizer import load_tokenizer
     verdict, status = gpt2_root().parent / "the-verdict.txt", 0
-    for there, command in ((find_gpt2(args.model), f"gpt2_weights.py get --model {args.model}"),
-                           (verdict.is_file(), "data.py get verdict")):
-        if not there:
-            raise FileNotFoundError(f"could not check, {verdict.parent} lacks a file; run: python {command}")
+    if not find_gpt2(args.model) or not verdict.is_file():
+        raise FileNotFoundError(f"could not check, {verdict.parent} lacks a file; run: python gpt2_weights.py get "
+                                f"--model {args.model} and python data.py get verdict")
     model, text = load_gpt2(args.model), verdict.read_text(encoding="utf-8")
     for part, loss, target, passed in self_test(model, load_tokenizer("gpt2"), args.model, text):
         print(f"{'pass' if passed else 'FAIL'}  loss on the-verdict, {part} part: {loss:.4f}, published: {target}")

@@ -702,9 +702,10 @@ def due(step, every, total):
 
 
 def stop_now(folder, progress, total, stop):
-    """Raise gpt.Stopped, which ends the script with the signal's exit status."""
-    message = f"{folder} is saved at step {progress.step} of {total}; the same command with --resume continues"
-    raise gpt.Stopped(message, stop.signal)
+    """End the script with the signal's exit status, after its state was saved."""
+    print(f"\nstopped: {folder} is saved at step {progress.step} of {total}; the same command with --resume continues",
+          file=sys.stderr)
+    raise SystemExit(128 + stop.signal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
