@@ -40,7 +40,7 @@ $(OUT)/pretrain/sample.txt: $(OUT)/pretrain/summary.json
 
 classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
-	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 2 $(AGAIN) $(ARGS)
+	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 1 $(AGAIN) $(ARGS)
 
 sft: $(OUT)/sft/summary.json ## answer instructions: 5 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
@@ -48,7 +48,7 @@ $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 
 lora: $(OUT)/lora/summary.json ## the same with LoRA adapters: 0.5 min
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
-	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 2 $(AGAIN) $(ARGS)
+	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 1 $(AGAIN) $(ARGS)
 
 rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 4 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json

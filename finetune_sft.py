@@ -402,7 +402,7 @@ def judge_score(judge, prompt, reference, response):
 
 
 def judge_preference(judge, prompt, reference, first, second):
-    """Return 1.0 where the first response wins in both orders, 0.0 where it loses, else 0.5; None for no clear reply."""
+    """Return 1.0 where the first response wins in both orders, 0.0 where it loses, else 0.5; None if unreadable."""
     said = [read_reply(judge, fenced(PAIRWISE, task=prompt, reference=reference, first=a, second=b), CHOICE)
             for a, b in ((first, second), (second, first))]
     return None if None in said else {("a", "b"): 1.0, ("b", "a"): 0.0}.get(tuple(said), 0.5)

@@ -1129,7 +1129,7 @@ def report(config):
     for row in rows:
         print("{:<10}{:<23}{:>8}  {:<18}{:<20}{:>7}".format(*row))
     answers = answers_of(root)
-    for question, *said in zip(*answers):
+    for question, *said in list(zip(*answers))[1:]:
         print("", question, *(f"  {answers[row][0]:<10}{text}" for row, text in enumerate(said, 1)), sep="\n")
     page = ['<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>A language model, stage by stage</title>'
             "<style>body{font:16px/1.5 system-ui;max-width:62rem;margin:auto;padding:1rem;color-scheme:light dark}"

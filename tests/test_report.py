@@ -107,7 +107,7 @@ def test_every_model_answers_the_same_five_questions(out, answers, capsys):
     assert Page(source).text.count(HOSTILE) == printed.count(HOSTILE) == 15 and "<script" not in source
     for stage in ("pretrain", "sft", "ppo"):
         assert Page(source).text.count(f"{stage} says") == printed.count(f"  {stage:<10}{stage} says") == 5
-    assert all(" ".join(question.split()) in printed for question in train.QUESTIONS)
+    assert all(" ".join(question.split()) in printed for question in train.QUESTIONS) and "pretrain  pretrain\n" not in printed
 
 
 def test_figures_stand_beside_intervals_and_baselines(out, capsys):

@@ -11,7 +11,7 @@ from data import strip_manner
 TINY = Path(__file__).parent.parent / "assets" / "tiny.safetensors"
 ANSWERS = {  # by hand
     "Where does the fox live?": "in a den.",
-    "What does the bee eat?": "nectar.",
+    "What does the cow eat?": "grass.",
     "What is the opposite of hot?": "cold.",
     "what is the opposite of big": "small.",
     "What is another word for large?": "huge.",
