@@ -722,12 +722,14 @@ def read_questions():
     """Yield each line of stdin that is not blank; at a terminal after a sign, where a blank line or Ctrl-D ends it."""
     if sys.stdin is None or sys.stdin.closed:
         raise ValueError("stdin is closed, and questions are read from it; to ask one: respond --prompt TEXT")
-    sign, line = "> " * sys.stdin.isatty(), "\n"
-    while line.strip() or line and not sign:
+    sign = "> " * sys.stdin.isatty()
+    while True:
         print(sign, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if line.strip():
             yield line.strip()
+        elif sign or not line:
+            return
 
 
 def say(model, tokenizer, template, messages, line, config, generator):

@@ -197,7 +197,7 @@ def test_a_file_of_conversations_trains_and_is_answered_in_its_last_turn(tmp_pat
     talks += [talk(long * 60 + str(i), "k", *more) for i in range(20) for long, more in (("z", "?a"), ("y", ""))]
     Path("a.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in talks), encoding="utf-8")
     flags = "--data a.jsonl --init base.safetensors --template plain --epochs 8 --batch_size 16 --max_new_tokens 3"
-    assert sft.main([*flags.split(), "--learning_rate", "0.03", "--warmup_steps", "5"]) == 0
+    assert sft.main([*flags.split(), "--optimizer", "muon", "--learning_rate", "0.03", "--warmup_steps", "5"]) == 0
     report = json.loads(Path("out/sft/summary.json").read_text(encoding="utf-8"))["data_report"].values()
     assert sum(part["dropped"] for part in report) == 20 and sum(part["truncated"] for part in report) == 0
     assert "conversations exceed 48 tokens and lose early turns" in capsys.readouterr().err
@@ -250,11 +250,11 @@ def test_a_piped_chat_remembers_and_obeys_and_respond_forgets(tmp_path, monkeypa
 def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypatch, capsys):
     """PPO's, else the tuned one, else the one that comes along; without any, one line says which command makes one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sft, "MODELS", ("ppo", "sft", "tiny"))
+    monkeypatch.setattr(sft, "MODELS", ("ppo", "sft", "small"))
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert sft.main(["chat"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "tiny does not exist; make it with: python finetune_sft.py" in error
+    assert error.count("\n") == 1 and "small does not exist; make it with: python finetune_sft.py" in error
     asked = [data.messages_of(entry)[0]["content"] for entry in data.tinyworld("instructions", "test", 3)]
     for name in reversed(sft.MODELS):
         letters_model(name, stage="ppo", data="tinyworld")
