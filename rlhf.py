@@ -1171,7 +1171,7 @@ COMMANDS = {
     "reward": Command(train_reward, f"{TRAINED} head eval_prompts", defaults=dict(
         out_dir="out/reward", epochs=1, batch_size=32, eval_every=125)),
     "ppo": Command(train_policy, f"{POLICY} vf_coef lam", defaults=dict(
-        out_dir="out/ppo", max_steps=100, eval_every=25)),
+        out_dir="out/ppo", max_steps=160, eval_every=40)),
     "dpo": Command(train_dpo, f"{TRAINED} loss beta label_smoothing reward test_prompts", defaults=dict(
         out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100)),
     "grpo": Command(train_policy, f"{POLICY} advantage", defaults=dict(
