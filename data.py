@@ -1130,7 +1130,7 @@ PHRASES = {phrase: manner for manner, frames in MANNERS.items() for frame in fra
 MIX = {"bare": 11, "courteous": 3, "curt": 3, "rambling": 3}  # of 20 answers: RLHF has something to choose from
 
 SLOT = {"n": r"\d+", "a": r"\d+", "b": r"\d+", "sentence": r".+\.",
-        "odd": r"[A-Za-z]+(?: [a-z]+)*"}
+        "odd": "(?i:{0}(?: {0})*)".format(f"(?:{'|'.join(ODD)}|(?:{'|'.join(SYLLABLES)}){{1,3}})")}
 SLOT.update({name: "|".join(re.sub(r"\\{\w+\\}", "[A-Z][a-z]+", re.escape(text)) for text in texts)
              for name, texts in SAID.items()})
 
