@@ -624,7 +624,8 @@ def read_checkpoint(path):
 
     Raises FileNotFoundError, or ValueError for a folder and for a file that is damaged, is no checkpoint, or describes
     a model larger than its data. Files of the first edition have `made` for `info`."""
-    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it, or: lora.py merge --adapter {path}")
+    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it, or: python gpt2_weights.py import "
+                                     f"--source {path}, python lora.py merge --adapter {path}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; make one with: python train.py")
     tensors, metadata = read_safetensors(path)

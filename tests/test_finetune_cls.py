@@ -439,7 +439,7 @@ def test_three_classes_and_a_fresh_process(tmp_path, monkeypatch):
             for label, word in (("good", "fine"), ("bad", "awful"), ("so-so", "fair"))]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_base([row["text"] for row in rows])
-    assert cls.main(["train", *TINY, "--data", "rows.jsonl", "--max_steps", "60", "--learning_rate", "0.01"]) == 0
+    assert cls.main(["train", *TINY, "--data", "rows.jsonl", "--max_steps", "150", "--learning_rate", "0.01"]) == 0
     texts = ["awful 3 x", "fine 3 x", "", "fair " * 40, "caf\u00e9"]
     Path("lines.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     command = [sys.executable, str(ROOT / "finetune_cls.py"), "classify", "--file", "lines.txt"]

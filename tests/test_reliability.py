@@ -144,11 +144,11 @@ F6 disk full while data is prepared -> a_disk_that_fails_while_data_is_prepared_
 F7 disk that fails -> a_disk_that_fills_or_fails_leaves_every_old_file
     a_disk_that_fails_in_a_save_ends_the_run_and_keeps_the_state
 F8 flipped bits, cut files -> damage_to_any_file_is_found_before_it_is_used
-F9 download cut -> data::a_partial_file_is_continued_in_the_same_call_and_in_a_later_one
+F9 download cut -> data::a_download_that_fails_leaves_nothing_under_its_name
 F10 status 404, 500, 429, redirects -> data::a_download_that_fails_leaves_nothing_under_its_name
     data::a_failure_that_passes_is_tried_again
-F11 server that drips or hangs -> data::no_server_outlasts_the_deadline
-F12 range ignored, changed file -> data::a_part_of_something_else_is_never_used
+F11 server that drips or hangs -> data::a_download_that_fails_leaves_nothing_under_its_name
+F12 range ignored, changed file -> data::a_download_that_fails_leaves_nothing_under_its_name
 F13 wrong content -> gpt2_weights::a_download_with_another_sha256_is_refused
 F14 no network -> without_network_what_needs_it_is_one_line_and_the_rest_runs
 F15 folder becomes read-only -> a_folder_that_cannot_be_written_ends_before_the_first_step
@@ -159,7 +159,7 @@ F18 process killed or stalled -> distributed::a_killed_process_ends_the_run_and_
 F19 Ctrl-C and SIGTERM, in a save, twice -> signals_in_a_save_and_twice
     distributed::an_error_is_told_once_and_a_signal_saves
 F20 two runs in a folder -> a_lock_ends_with_its_holder
-F21 two downloads of a file -> data::several_downloads_of_one_file_at_once_all_succeed
+F21 two downloads of a file -> data::several_processes_can_fetch_and_prepare_at_once
 F22 clock that jumps -> a_clock_that_jumps_changes_nothing
 F23 out of memory -> out_of_memory_names_the_flags_to_lower
 F24 judge or reward that dies -> finetune_sft::a_judge_that_dies_leaves_the_scores
@@ -773,7 +773,8 @@ def test_without_network_what_needs_it_is_one_line_and_the_rest_runs(work, capsy
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(work / "cache"))
     for name in SCRIPTS:
         go(name, "--max_steps", 1)
-    for key, stages in ((row[2], row[0].split()) for row in train.REPORT):  # what the report looks for is there
+    rows = [row for row in train.REPORT if row[2] != "facts_withheld"]  # tinyworld's alone
+    for key, stages in ((row[2], row[0].split()) for row in rows):  # what the report looks for is there
         assert all(key in json.loads(path.read_text(encoding="utf-8")) for path in Path("out").glob("*/summary.json")
                    if path.parent.name in stages), key
     refused(capsys, train.main, ["--data", "text.txt", "--out_dir", "x", "--tokenizer", "gpt2"], 1,
