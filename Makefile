@@ -13,7 +13,7 @@ VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # A stage that was interrupted is resumed; one that is older than what it starts from is moved aside and run again.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
-all: $(OUT)/report.html ## every stage on the built-in data, offline: about 15 min
+all: $(OUT)/report.html ## every stage on the built-in data, offline: about 11 min
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ tokenizer: $(OUT)/tokenizer/tokenizer.json ## train the byte-pair tokenizer: 4 s
 $(OUT)/tokenizer/tokenizer.json: | $(VENV)
 	$(PYTHON) tokenizer.py train --out_dir $(OUT)/tokenizer $(AGAIN)
 
-pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 2 min
+pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 3 min
 $(OUT)/pretrain/summary.json: $(OUT)/tokenizer/tokenizer.json
 	$(PYTHON) train.py train --out_dir $(OUT)/pretrain --tokenizer $(OUT)/tokenizer/tokenizer.json $(AGAIN) $(ARGS)
 
@@ -42,7 +42,7 @@ classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 1 min
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 1 $(AGAIN) $(ARGS)
 
-sft: $(OUT)/sft/summary.json ## answer instructions: 5 min
+sft: $(OUT)/sft/summary.json ## answer instructions: 2.5 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
@@ -170,7 +170,7 @@ $(OUT)/stories/sample.txt: $(OUT)/stories/summary.json
 test: $(VENV) ## the quick tests, offline: 3 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
-test-all: $(VENV) ## all tests that need no GPU and no other library: 7 min
+test-all: $(VENV) ## all tests that need no GPU and no other library: 12 min
 	$(PYTHON) -m pytest -q -m "not peer and not gpu" $(ARGS)
 
 test-peers: $(VENV) ## install requirements-peers.txt and compare with those packages: 5 min

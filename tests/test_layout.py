@@ -275,7 +275,7 @@ RUNS = {  # what each file does in the folder, and a word or line of what it pri
     "finetune_cls.py": ([*TRAINED, ["finetune_cls.py", "--data", "mine.tsv", "--max_steps", "2"],
                          ["finetune_cls.py", "classify", "You won a prize"]], "You won a prize"),
     "finetune_sft.py": ([*TUNED, ["finetune_sft.py", "evaluate", "--data", "mine.json"]], "exact match"),
-    "rlhf.py": ([*TRAINED, ["rlhf.py", "all", "--init", "out/pretrain/model.safetensors", *FEW]], "gold"),
+    "rlhf.py": ([*TRAINED, ["rlhf.py", "all", "--init", "out/pretrain/model.safetensors", *FEW]], "reward"),
 }
 
 
