@@ -791,10 +791,10 @@ def pad_left(sequences, pad_id):
 # ---------------------------------------------------------------------------------------------------------------------
 # tinyworld: a small consistent world, generated, seen four ways, and scored exactly.
 #
-#   words  ->  facts (tables) and rules (plural, passive, measures)      ->  corpus        prose and dialogue
-#                                                                           messages      spam or ham
-#                                                                           instructions  question, answer
-#                                                                           preferences   the better of two
+#   words  ->  facts (tables) and rules (plural, passive, measures)    ->  corpus        prose and dialogue
+#                                                                          messages      spam or ham
+#                                                                          instructions  question, answer
+#                                                                          preferences   the better of two
 #
 # Facts: 264 of people and animals, 80 opposites, 60 synonyms, each told in four phrasings. One phrasing in four of each
 # fact never stands in the corpus: a model that completes it knows the fact and not the sentence.
@@ -803,7 +803,7 @@ def pad_left(sequences, pad_id):
 # Held out: `split_of(key)`, a checksum and no random number, sends a key to train, val or test forever, in all views:
 # pairs of numbers, measures and sentences by themselves, in any phrasing; questions about one word by word and
 # phrasing. Of some words tuning never asks (`unseen`): of half of the animals and people, whose facts the corpus tells
-# all the same, and of one in eight of other words.
+# all the same, and of one in eight of other words. Most questions about these stand in dialogues of the corpus.
 # One more kind of question is a row of TASKS and of ANSWERS, and a function in ASK where it is not about one word.
 
 
@@ -1137,10 +1137,12 @@ SLOT.update({name: "|".join(re.sub(r"\\{\w+\\}", "[A-Z][a-z]+", re.escape(text))
 
 def _pattern(template):
     """The regular expression that finds the slots of a template in a prompt; {odd} is not kept."""
-    parts = re.split(r"\{(\w+)\}", template)  # text, slot, text, slot, ... text
-    return re.compile("".join(
-        re.escape(part) if i % 2 == 0 else "(?:" * (part == "odd") + f"(?P<{part}>" * (part != "odd")
-        + SLOT.get(part, "[A-Za-z]+") + ")" for i, part in enumerate(parts)))
+    texts_and_slots = re.split(r"\{(\w+)\}", template)  # text, slot, text, slot, ... text
+    pattern = re.escape(texts_and_slots[0])
+    for slot, text in zip(texts_and_slots[1::2], texts_and_slots[2::2]):
+        name = "?:" if slot == "odd" else f"?P<{slot}>"  # a template may have several odd words
+        pattern += f"({name}{SLOT.get(slot, '[A-Za-z]+')})" + re.escape(text)
+    return re.compile(pattern)
 
 
 TASKS = {kind: [template.replace(" / ", "\n") for template in templates] for kind, templates in TASKS.items()}
@@ -1242,7 +1244,7 @@ def _question(rng, kind, split, new_word=False):
     while True:
         key, word, prompt = _draw(rng, kind)
         place = split_of(*key)
-        if new_word and place == "train":
+        if new_word and place == "train":  # free in tuning; a dialogue of the corpus may hold the same question
             place = "test"
         if place == split and (kind in ASK or unseen(kind, word) == new_word):
             return prompt
@@ -1286,8 +1288,6 @@ passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passi
 THEMES = """
 fact fact fact fact fact fact fact fact meaning meaning meaning compare compare convert word passive story talk talk
 """.split()
-
-
 TALK = "fact fact fact follow opposite synonym plural passive compare convert greeting unknown unknown".split()
 
 
@@ -1308,7 +1308,7 @@ def _talk(rng, *names):
     """A dialogue: questions that may be asked in training, and their answers."""
     lines = []
     for _ in range(rng.choice((1, 2, 2))):
-        kind, place = rng.choice(TALK), ""
+        kind, place, word = rng.choice(TALK), "", None
         while kind != "follow" and (place != "train" or kind in WORDS and not shown(kind, word)):
             key, word, prompt = _draw(rng, kind)
             place = split_of(*key)

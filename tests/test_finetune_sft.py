@@ -1,6 +1,5 @@
 """Instruction fine-tuning: masks, batches, answers, scores and judge, each against something computed separately."""
 
-import argparse
 import dataclasses
 import hashlib
 import http.server
