@@ -167,7 +167,7 @@ $(OUT)/stories/sample.txt: $(OUT)/stories/summary.json
 	$(PYTHON) gpt.py generate --checkpoint $(OUT)/stories/model.safetensors --prompt "Once upon a time" --num_samples 3 --max_new_tokens 200 > $@.tmp
 	mv $@.tmp $@ && cat $@
 
-test: $(VENV) ## the quick tests, offline: 3 min
+test: $(VENV) ## the quick tests, offline: 5 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
 test-all: $(VENV) ## all tests that need no GPU and no other library: 12 min

@@ -605,7 +605,7 @@ def serve(config):
     with open_server(config) as server:
         print(f"{', '.join(server.models)} at http://{config.host}:{server.server_port}  (API: /v1; Ctrl-C ends it)")
         if config.host not in LOCAL[:2]:
-            print("note: whoever reaches this machine can use the models; there is no password", file=sys.stderr)
+            print("note: everyone who can reach this machine can use the models; there is no password", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
     server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token

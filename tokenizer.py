@@ -244,7 +244,7 @@ def learn_merges(counts, how_many):
 def join_everywhere(pair, new, words, often, numbers, pairs):
     """Put token `new` for `pair` into the `words` with these numbers; return {pair with the new token: words}.
 
-    `pairs` is brought up to date: x a b y loses (x, a), (a, b), (b, y) and gains (x, new), (new, y)."""
+    `pairs` is updated in place: x a b y loses (x, a), (a, b), (b, y) and gains (x, new), (new, y)."""
     first, second = pair
     before, after = defaultdict(list), defaultdict(list)  # neighbor -> words, each as often as it stands there
     for number in dict.fromkeys(numbers):  # each once, or a million equal letters take hours
