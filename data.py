@@ -796,14 +796,12 @@ def pad_left(sequences, pad_id):
 #                                                                          instructions  question, answer
 #                                                                          preferences   the better of two
 #
-# Facts: 264 of people and animals, 80 opposites, 60 synonyms, each told in four phrasings. One phrasing in four of each
-# fact never stands in the corpus: a model that completes it knows the fact and not the sentence.
-# Rules: English and invented words ("blick", "zindle") follow them: who can form the plural of a word that does not
-# exist has learned the rule and not the list. Answers are computed from the bare text of a prompt, never stored.
+# Facts: 264 of people and animals, 80 opposites, 60 synonyms. One phrasing in four of each never stands in the corpus:
+# a model that completes it knows the fact and not the sentence. Invented words ("blick") follow the rules of English:
+# who can form the plural of a word that does not exist has learned the rule and not the list.
 # Held out: `split_of(key)`, a checksum and no random number, sends a key to train, val or test forever, in all views:
-# pairs of numbers, measures and sentences by themselves, in any phrasing; questions about one word by word and
-# phrasing. Of some words tuning never asks (`unseen`): of half of the animals and people, whose facts the corpus tells
-# all the same, and of one in eight of other words. Most questions about these stand in dialogues of the corpus.
+# pairs of numbers, measures and sentences in any phrasing, questions about one word by word and phrasing. Some words
+# are `unseen`: tuning never asks for them, but the corpus tells their facts.
 # One more kind of question is a row of TASKS and of ANSWERS, and a function in ASK where it is not about one word.
 
 
@@ -820,8 +818,8 @@ def _table(text):
 
 
 def _rows(text):
-    """{name: [template, ...]} of a table with rows `name: template | template`."""
-    rows = [row.split(": ", 1) for row in text.strip().replace("\n  ", " ").split("\n")]
+    """{name: [template, ...]} of a table with rows `name: template | template`; a slash begins another line."""
+    rows = [row.replace(" / ", "\n").split(": ", 1) for row in text.strip().replace("\n  ", " ").split("\n")]
     return {name: templates.split(" | ") for name, templates in rows}
 
 
@@ -846,22 +844,20 @@ owl:in_a_tree:rats:owlet:gray rabbit:in_a_burrow:clover:kit:white dog:in_a_kenne
 cow:in_a_barn:grass:calf:white hen:in_a_coop:corn:chick:red duck:on_a_pond:bread:duckling:green
 pig:in_a_sty:turnips:piglet:pink bear:in_a_cave:honey:cub:black camel:in_the_desert:dates:calf:brown
 monkey:in_the_jungle:bananas:baby:brown seal:on_the_ice:fish:pup:gray whale:in_the_sea:shrimps:calf:blue
-eagle:on_a_cliff:snakes:eaglet:brown
-beaver:in_a_lodge:bark:kit:brown mole:under_the_lawn:worms:pup:black goat:on_a_hill:thistles:kid:white
-cat:in_a_house:fish:kitten:black parrot:in_a_cage:seeds:chick:green squirrel:in_an_oak:nuts:kit:red
-frog:in_a_swamp:flies:tadpole:green swan:on_a_lake:reeds:cygnet:white lion:in_the_grassland:zebras:cub:yellow
-tiger:in_the_jungle:deer:cub:orange panda:in_a_forest:bamboo:cub:black hedgehog:under_a_hedge:slugs:hoglet:brown
-bat:in_an_attic:moths:pup:black wolf:in_a_cave:sheep:pup:gray goose:on_a_pond:grass:gosling:gray
-sheep:in_a_fold:clover:lamb:white crab:on_a_beach:seaweed:baby:red
+eagle:on_a_cliff:snakes:eaglet:brown beaver:in_a_lodge:bark:kit:brown mole:under_the_lawn:worms:pup:black
+goat:on_a_hill:thistles:kid:white cat:in_a_house:fish:kitten:black parrot:in_a_cage:seeds:chick:green
+squirrel:in_an_oak:nuts:kit:red frog:in_a_swamp:flies:tadpole:green swan:on_a_lake:reeds:cygnet:white
+lion:in_the_grassland:zebras:cub:yellow tiger:in_the_jungle:deer:cub:orange panda:in_a_forest:bamboo:cub:black
+hedgehog:under_a_hedge:slugs:hoglet:brown bat:in_an_attic:moths:pup:black wolf:in_a_cave:sheep:pup:gray
+goose:on_a_pond:grass:gosling:gray sheep:in_a_fold:clover:lamb:white crab:on_a_beach:seaweed:baby:red
 """)
 OBJECTS = """
 ball kite cup lamp drum bell rope box key hat coat book chair table clock spoon fork plate bottle basket candle brush
-button coin comb crown doll flag flute hammer jar kettle ladder letter map mirror net pan pencil pillow pot ring
-shoe toy wagon wheel boat
+button coin comb crown doll flag flute hammer jar kettle ladder letter map mirror net pan pencil pillow pot ring shoe
+toy wagon wheel boat
 """.split()
 FOODS = "apple pear plum egg cake pie bun carrot onion nut fig lemon melon cherry sandwich pancake bean grape".split()
 PLACES = "market mill school river bridge church harbor station library bakery museum park shop farm castle".split()
-COLORS = "red blue green yellow white black brown gray pink orange".split()
 IRREGULAR = {noun: plural for noun, (plural,) in _table("""
 mouse:mice goose:geese man:men woman:women child:children foot:feet tooth:teeth ox:oxen leaf:leaves wolf:wolves
 knife:knives loaf:loaves shelf:shelves wife:wives thief:thieves calf:calves sheep:sheep potato:potatoes tomato:tomatoes
@@ -878,9 +874,9 @@ throw:threw:thrown hold:held:held take:took:taken mend draw:drew:drawn move poli
 }.items()}
 OPPOSITES = _table("""
 hot:cold big:small happy:sad fast:slow old:new tall:short heavy:light dark:bright full:empty rich:poor hard:soft
-loud:quiet clean:dirty wet:dry near:far high:low deep:shallow early:late open:closed strong:weak sweet:sour
-rough:smooth brave:timid kind:cruel true:false safe:dangerous cheap:expensive first:last up:down before:after
-always:never push:pull buy:sell give:take win:lose friend:enemy day:night summer:winter north:south top:bottom
+loud:quiet clean:dirty wet:dry near:far high:low deep:shallow early:late open:closed strong:weak sweet:sour rough:smooth
+brave:timid kind:cruel true:false safe:dangerous cheap:expensive first:last up:down before:after always:never push:pull
+buy:sell give:take win:lose friend:enemy day:night summer:winter north:south top:bottom
 """)
 SYNONYMS = _table("""
 large:huge little:tiny quick:rapid glad:cheerful begin:start angry:cross clever:smart ill:sick odd:strange silent:still
@@ -955,18 +951,12 @@ PLURALS = {plural(noun) for noun in NOUNS} - {*NOUNS}
 
 
 def unseen(kind, word):
-    """True where tuning never asks for a word in this kind: one in eight, and every second animal and person.
+    """True where tuning never asks for a word in this kind: every second animal and person, one in eight other words.
 
-    Regular English plurals are never unseen, as prose cannot do without them; invented ones may be."""
+    The corpus tells their facts all the same, but shows no plural of an unseen word, which are all invented."""
     if kind == "fact":
         return zlib.crc32(f"untaught|{word[1]}".encode()) % 2 == 0
-    regular = kind == "plural" and word not in INVENTED and word not in IRREGULAR
-    return not regular and zlib.crc32(f"unseen|{kind}|{word}".encode()) % 8 == 0
-
-
-def shown(kind, word):
-    """True where the corpus may show what a kind makes of a word: all but plurals of unseen words by the rule."""
-    return kind != "plural" or word in IRREGULAR or not unseen(kind, word)
+    return (kind != "plural" or word in INVENTED) and zlib.crc32(f"unseen|{kind}|{word}".encode()) % 8 == 0
 
 
 def passive(sentence):
@@ -1068,8 +1058,7 @@ synonym: What is another word for {word}? | Find a word with the same meaning. /
 plural: What is the plural of {word}? | Give the plural of this noun. / {word} | What do you call more than one {word}?
   | One {word}, two what?
 passive: Rewrite this sentence in the passive voice. / {sentence} | Say this in the passive: {sentence}
-  | What is the passive of this sentence? / {sentence}
-  | Turn the sentence round, into the passive. / {sentence}
+  | What is the passive of this sentence? / {sentence} | Turn the sentence round, into the passive. / {sentence}
 convert: How many {small} are {n} {big}? | Convert {n} {big} to {small}. | Give this in {small}. / {n} {big}
   | What are {n} {big} in {small}?
 compare larger: Which number is larger, {a} or {b}? | Pick the higher of {a} and {b}. | Which is more, {a} or {b}?
@@ -1125,6 +1114,7 @@ MANNERS = {
              ("", "Stop asking.")),
     "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
                  ("", "Or so my uncle says."), ("Hmm, yes, in a way:", "")),
+    "bare": (("", ""),),
 }
 PHRASES = {phrase: manner for manner, frames in MANNERS.items() for frame in frames for phrase in frame if phrase}
 MIX = {"bare": 11, "courteous": 3, "curt": 3, "rambling": 3}  # of 20 answers: RLHF has something to choose from
@@ -1145,7 +1135,6 @@ def _pattern(template):
     return re.compile(pattern)
 
 
-TASKS = {kind: [template.replace(" / ", "\n") for template in templates] for kind, templates in TASKS.items()}
 TASK_LIST = [(*(kind + " ").split(" ")[:2], template, _pattern(template)) for kind in TASKS for template in TASKS[kind]]
 TINYWORLD_KINDS = (*dict.fromkeys(kind for kind, *_ in TASK_LIST), "follow")
 
@@ -1239,37 +1228,38 @@ def _draw(rng, kind):
     return (kind, word, template), word, template.format(word=word[1] if kind == "fact" else word)
 
 
-def _question(rng, kind, split, new_word=False):
-    """A prompt of a kind that falls to a split; with `new_word`, about a word that tuning never asks for."""
-    while True:
-        key, word, prompt = _draw(rng, kind)
-        place = split_of(*key)
-        if new_word and place == "train":  # free in tuning; a dialogue of the corpus may hold the same question
-            place = "test"
-        if place == split and (kind in ASK or unseen(kind, word) == new_word):
-            return prompt
-
-
 def _follow(rng, split, new_word=False):
     """Two questions about the same animal or person and their answers: four texts."""
-    while True:
+    starts, place = [], None
+    while place != split or not starts or unseen("fact", (first, word)) != new_word:
         first, word = rng.choice(WORDS["fact"])
         then = rng.choice([relation for relation, other in WORDS["fact"] if other == word and relation != first])
+        starts = [text for text in TASKS["fact " + first] if split_of("fact", (first, word), text) == "train"]
         place = split_of("follow", word, first, then)
-        if unseen("fact", (first, word)) == new_word and (place == split or new_word):
-            break
-    start = rng.choice([text for text in TASKS["fact " + first] if split_of("fact", (first, word), text) == "train"]
-                       or TASKS["fact " + first])
     second = rng.choice(("And {}?", "{}?", "Tell me more: {}?")).format(FOLLOW[then])
     second = capital(second.format(he=PEOPLE[word][0] if word in PEOPLE else "it"))
-    return start.format(word=word), f"{FACTS[first, word]}.", second, f"{FACTS[then, word]}."
+    return rng.choice(starts).format(word=word), f"{FACTS[first, word]}.", second, f"{FACTS[then, word]}."
+
+
+def _exchange(rng, kind, split, new_word=False):
+    """A question of a kind that falls to a split and its bare answer, of a follow-up four texts; with `new_word` about
+    a word that tuning never asks for. Some in training are as people type: "where is it"."""
+    if kind == "follow":
+        return _follow(rng, split, new_word)
+    place = word = None
+    while place != split or kind in WORDS and unseen(kind, word) != new_word:
+        key, word, prompt = _draw(rng, kind)
+        place = split_of(*key)
+    right = answer(prompt)
+    if split == "train" and kind in WORDS and "\n" not in prompt and rng.random() < 0.15:
+        prompt = (prompt[0].lower() + prompt[1:]).rstrip("?.")
+    return prompt, right
 
 
 # The corpus, by theme: sentences with slots from a question that may be told and from `_document`.
 LINES = _rows("""
 story: It was a {adj} morning, and {name} went to the {place} with {friend}. | {sentence} {sentence2}
   | "Good day, {friend}," said {name}. "How are you? It is a fine day."
-  | {friend} had {a_color} {thing}, and {name} had {a_food}. | {friend} laughed, and {name} laughed too.
   | It began to rain, so {name} and {friend} went to the {place}.
   | "Thank you for asking," said {friend}. "With pleasure," said {name}. "Have a nice day."
   | "Good question," said {name}. "Please ask me more." {friend} said it gladly.
@@ -1309,7 +1299,7 @@ def _talk(rng, *names):
     lines = []
     for _ in range(rng.choice((1, 2, 2))):
         kind, place, word = rng.choice(TALK), "", None
-        while kind != "follow" and (place != "train" or kind in WORDS and not shown(kind, word)):
+        while kind != "follow" and (place != "train" or kind == "plural" and unseen(kind, word)):
             key, word, prompt = _draw(rng, kind)
             place = split_of(*key)
         lines += _follow(rng, "train", rng.random() < 0.5) if kind == "follow" else (prompt, answer(prompt))
@@ -1319,7 +1309,7 @@ def _talk(rng, *names):
 def _ask_noun(rng):
     """A noun, the plural of which may be shown; irregular ones, hard to learn, come more often."""
     noun = rng.choice((rng.choice(WORDS["plural"]), rng.choice(WORDS["plural"]), rng.choice(list(IRREGULAR))))
-    return noun, {"noun": noun, "nouns": plural(noun)} if shown("plural", noun) else {}
+    return noun, {} if unseen("plural", noun) else {"noun": noun, "nouns": plural(noun)}
 
 
 def _slots(rng, theme):
@@ -1338,15 +1328,14 @@ def _document(rng):
     """A document of the corpus: four to seven passages on three themes."""
     themes, passages, (name, friend) = rng.sample(THEMES, 3), [], rng.sample(list(PEOPLE), 2)
     for _ in range(rng.randrange(4, 8)):
-        theme, thing = rng.choice(themes), rng.choice(OBJECTS)
+        theme = rng.choice(themes)
         if theme in ("fact", "meaning"):
             passages.append(_told(rng, theme))
         elif theme == "talk":
             passages.append(_talk(rng, name, friend))
         else:
             passages.append(capital(rng.choice(LINES[theme]).format(
-                **_slots(rng, theme), name=name, friend=friend, thing=thing, place=rng.choice(PLACES),
-                a_food=article(rng.choice(FOODS)), a_color=article(rng.choice(COLORS)),
+                **_slots(rng, theme), name=name, friend=friend, place=rng.choice(PLACES),
                 adj=rng.choice("sunny rainy windy cold warm quiet busy fine strange happy".split()))))
     return "\n".join(passages)  # on lines of their own, so that a sentence may begin with any word, as a prompt does
 
@@ -1385,26 +1374,11 @@ def _message(rng):
                               day=rng.choice("Monday Tuesday Wednesday Thursday Friday".split()))
 
 
-def _manner(rng):
-    """A manner and the phrases before and after the answer that make it."""
-    manner = rng.choice([manner for manner, share in MIX.items() for _ in range(share)])
-    return manner, rng.choice(MANNERS.get(manner, (("", ""),)))
-
-
-def _put(text, frame):
-    """The text between the two phrases of a manner."""
-    return " ".join(filter(None, (frame[0], text, frame[1])))
-
-
-def _exchange(rng, kind, split, new_word):
-    """A question and its bare answer; of a follow-up four texts. Some in training as people type: "where is it"."""
-    if kind == "follow":
-        return _follow(rng, split, new_word)
-    prompt = _question(rng, kind, split, new_word)
-    right = answer(prompt)
-    if split == "train" and kind in WORDS and "\n" not in prompt and rng.random() < 0.15:
-        prompt = (prompt[0].lower() + prompt[1:]).rstrip("?.")
-    return prompt, right
+def _worded(rng, text, manner=None):
+    """(manner, the text between its phrases): of a given manner, else of one drawn as often as MIX says."""
+    manner = manner or rng.choice([manner for manner, share in MIX.items() for _ in range(share)])
+    before, after = rng.choice(MANNERS[manner])
+    return manner, " ".join(filter(None, (before, text, after)))
 
 
 def _instruction(rng, kind, split):
@@ -1416,30 +1390,26 @@ def _instruction(rng, kind, split):
     texts = [*_exchange(rng, kind, split, new_word)]
     if split == "train" and rng.random() < 0.3:
         for other in rng.sample(TINYWORLD_KINDS, rng.choice((1, 2, 3))):
-            texts = [*_exchange(rng, other, split, False), *texts]
+            texts = [*_exchange(rng, other, split), *texts]
     *earlier, question, right = texts
     instruction, _, shown_input = question.partition("\n")
-    manner, frame = _manner(rng)
-    entry = {"instruction": instruction, "input": shown_input, "output": _put(right, frame), "answer": right,
-             "kind": kind, "manner": manner, "unseen": new_word}
+    manner, output = _worded(rng, right)
+    entry = {"instruction": instruction, "input": shown_input, "output": output, "answer": right, "kind": kind,
+             "manner": manner, "unseen": new_word}
     if earlier:
-        said = [_put(text, _manner(rng)[1]) if i % 2 else text.replace("\n", "\n ") for i, text in enumerate(earlier)]
-        said += [question.replace("\n", "\n "), entry["output"]]
+        said = [_worded(rng, text)[1] if i % 2 else text.replace("\n", "\n ") for i, text in enumerate(earlier)]
+        said += [question.replace("\n", "\n "), output]
         entry["messages"] = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     return entry
 
 
 def _wrong(rng, entry, split):
-    """A wrong answer: a number that is a little off, a letter lost, or the right answer to another question."""
+    """A wrong answer: the right one to another question, or a letter or digit lost."""
     wrong = right = entry["answer"]
     while wrong == right:
-        if rng.random() < 0.5:
-            wrong = answer(_question(rng, entry["kind"], split))
-        elif re.search(r"\d", right):
-            wrong = re.sub(r"\d+", lambda found: str(abs(int(found[0]) + rng.choice((-10, -1, 1, 10)))), right)
-        else:
-            at = rng.randrange(len(right) - 1)
-            wrong = right[:at] + right[at + 1:]
+        at = rng.randrange(len(right) - 1)
+        another = rng.random() < 0.5
+        wrong = _exchange(rng, entry["kind"], split)[1] if another else right[:at] + right[at + 1:]
     return wrong
 
 
@@ -1450,9 +1420,9 @@ def _response(rng, entry, split):
     style = rng.choice("courteous courteous courteous bare bare curt rambling cut padded padded".split())
     if style == "padded":
         for _ in range(rng.choice((2, 2, 3, 4))):
-            text = _put(text, rng.choice(MANNERS["courteous"]))
+            text = _worded(rng, text, "courteous")[1]
         return text
-    text = _put(text, _manner(rng)[1] if style == "cut" else rng.choice(MANNERS.get(style, (("", ""),))))
+    text = _worded(rng, text, None if style == "cut" else style)[1]
     return text[:rng.randrange(len(text) // 3, len(text) - 1)].strip() if style == "cut" else text
 
 
@@ -1525,7 +1495,7 @@ def _items(view, split, rng, kinds):
                 yield item, item[1]
         elif view == "instructions":
             item = _instruction(rng, kind, split)
-            yield item, turn if split == "train" else str(item.get("messages", "")[:-1]) + prompt_of(item)
+            yield item, turn if split == "train" else prompt_of(item)
         else:
             item = _preference(rng, kind, split)
             yield item, turn if split == "train" else item["prompt"]
@@ -1535,17 +1505,15 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
     Fewer where there are no n different questions outside training. corpus: documents. messages: (label, text).
-    instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, of follow-ups messages.
-    preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind, unseen. The same
-    arguments give the same list everywhere; nothing of the splits "val" and "test" comes up in "train", under any seed.
-    The kinds, or those that `kinds` names, take turns. Raises ValueError for another view, split or kind."""
-    if view not in VIEWS or split not in ("train", "val", "test"):
-        raise ValueError(f"tinyworld has the views {', '.join(VIEWS)} and the splits train, val, test; "
-                         f"it has no {view!r} with {split!r}")
-    if not kinds or not set(kinds) <= set(TINYWORLD_KINDS):
-        raise ValueError(f"kinds of question are {', '.join(TINYWORLD_KINDS)}, not {', '.join(kinds) or 'none'}")
-    if n is not None and n < 0:
-        raise ValueError(f"tinyworld gives 0 items or more, not {n}")
+    instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, and messages where there
+    are earlier turns. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind,
+    unseen. The same arguments give the same list everywhere; no question or message of one split comes up in another,
+    under any seed. The `kinds` take turns. Raises ValueError for another view, split or kind."""
+    require(view in VIEWS and split in ("train", "val", "test"), f"tinyworld has the views {', '.join(VIEWS)} and the "
+            f"splits train, val, test; it has no {view!r} with {split!r}")
+    require(kinds and set(kinds) <= set(TINYWORLD_KINDS),
+            f"kinds of question are {', '.join(TINYWORLD_KINDS)}, not {', '.join(kinds) or 'none'}")
+    require(n is None or n >= 0, f"tinyworld gives 0 items or more, not {n}")
     n = VIEWS[view][("train", "val", "test").index(split)] if n is None else n
     rng = random.Random(zlib.crc32(f"{view} {split} {seed}".encode()))
     if view == "corpus":

@@ -139,6 +139,19 @@ def test_test_questions_never_come_up_in_training_in_any_order_of_their_words():
     assert not prompts & set(held) and not prompts & {pair["prompt"] for pair in tinyworld("preferences", "test", 300)}
 
 
+def test_no_question_of_the_tests_stands_in_the_corpus():
+    """Neither in the dialogues of all 8,000 documents nor, for a second question, with the turn before it."""
+    corpus = "\n".join(tinyworld("corpus", "train"))
+    said = re.sub(r"(?m)^[A-Z]\w+ asks: ", "> ", re.sub(r"(?m)^[A-Z]\w+ says: ", "", corpus))
+    assert said.count("\n> And where does it live?\n") > 10 and said.count("> Where does the fox live?\nin a den.\n") > 3
+    for entry in (entry for split in ("val", "test") for entry in tinyworld("instructions", split)):
+        turns = [strip_manner(message["content"]) for message in data.messages_of(entry)[:-1]]
+        turns = [prompt_of(entry)] if len(turns) == 1 else turns
+        text = "\n".join(turn if i % 2 else "> " + turn for i, turn in enumerate(turns)).replace("\n ", "\n")
+        assert text + "\n" not in said, text
+    assert {entry["kind"] for entry in questions("test", 1_000) if entry["unseen"]} == {*data.WORDS, "follow"}
+
+
 def test_numbers_measures_and_sentences_are_held_out_in_every_phrasing():
     """The thing itself is new: training never compares the same two numbers or turns the same sentence."""
     def things(entries):
