@@ -248,7 +248,7 @@ def pieces(source, size=PIECE, separator=""):
     if source == "tinyworld":
         yield from enumerate(tinyworld("corpus", "train"))
     elif source == "tinyworld/instructions":  # for the tokenizer, which needs the words of questions too
-        for number, entry in enumerate(tinyworld("instructions", "train", 36_000)):
+        for number, entry in enumerate(tinyworld("instructions", "train", 28_000)):
             yield number, format_prompt(entry, "plain") + format_response(entry["output"], "plain")
     elif source not in DATASETS and not os.path.exists(source) and re.search(r",|:[\d.]+$", source):
         yield from enumerate(mixed(source, separator))
@@ -1276,9 +1276,10 @@ word: One {noun}, two {nouns}. One {noun2}, two {nouns2}. One {noun3}, two {noun
 passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passive2}
 """)
 THEMES = """
-fact fact fact fact fact fact fact fact meaning meaning meaning compare compare convert word passive story talk talk
+fact fact fact fact fact fact fact fact meaning meaning meaning compare compare compare convert convert word passive
+story talk talk talk talk
 """.split()
-TALK = "fact fact fact follow opposite synonym plural passive compare convert greeting unknown unknown".split()
+TALK = "fact fact fact follow follow opposite synonym plural passive compare convert greeting unknown unknown".split()
 
 
 def _told(rng, theme):
@@ -1476,7 +1477,7 @@ def gold_score(prompt, response):
 
 
 VIEWS = {  # how many of each by default: train, val, test
-    "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (36_000, 520, 2_000),
+    "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (28_000, 520, 2_000),
     "preferences": (12_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often
