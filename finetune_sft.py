@@ -723,8 +723,11 @@ def read_questions():
     if sys.stdin is None or sys.stdin.closed:
         raise ValueError("stdin is closed, and questions are read from it; to ask one: respond --prompt TEXT")
     sign = "> " * sys.stdin.isatty()
+    polls = sign and os.name == "posix"  # elsewhere select takes sockets only
     while True:
         print(sign, end="", file=sys.stderr, flush=True)
+        while polls and not select.select([sys.stdin], [], [], 0.2)[0]:
+            pass  # a Ctrl-C just before a read begins does not interrupt it, and would count only after the next line
         line = sys.stdin.readline()
         if line.strip():
             yield line.strip()

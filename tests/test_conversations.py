@@ -266,9 +266,13 @@ def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypat
 
 
 def terminal(path, *flags):
-    """Return (child, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern."""
+    """Return (child, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
+
+    Signals go to a thread that sleeps, so no Ctrl-C interrupts a read: what a rare one does that comes just before it."""
     side, inner = pytest.importorskip("pty").openpty()
-    code = ("import fcntl, sys, termios, finetune_sft; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    code = ("import fcntl, signal, sys, termios, threading, time, finetune_sft; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "threading.Thread(target=time.sleep, args=(999,), daemon=True).start(); "
+            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); "
             "sys.exit(finetune_sft.main(['chat', *sys.argv[1:]]))")
     child = subprocess.Popen([sys.executable, "-c", code, "--checkpoint", str(path), *flags], stdin=inner, stdout=inner,
                              stderr=inner, start_new_session=True, cwd=Path(sft.__file__).parent)
