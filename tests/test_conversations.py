@@ -5,14 +5,14 @@ import json
 import os
 import re
 import select
-import subprocess
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import finetune_sft as sft
@@ -147,20 +147,6 @@ def test_one_turn_is_the_prompt_and_the_response_of_before():
     assert data.last_turn({"prompt": "x"}) == (talk("x"), "")
 
 
-def test_the_loss_of_a_conversation_is_that_of_each_answer_given_all_before():
-    """Cross-entropy from the logits of every prefix alone, against the padded batch, in float64."""
-    model, total, count = letters_model().double(), 0.0, 0
-    for text in ("a?\n> b.$c?\n> dd.$", "S\nee?\n> f.$"):
-        ids = from_letters(text)
-        for answer in re.finditer(r"(?<=>) [^$]*\$", text):
-            for at in range(*answer.span()):
-                logits = model(torch.tensor([ids[:at]]))[0, -1]
-                total, count = total + F.cross_entropy(logits, torch.tensor(ids[at])).item(), count + 1
-    ids, targets = batch([talk("a?", "b.", "c?", "dd."), talk("ee?", "f.", system="S")])
-    assert (targets != gpt.IGNORE).sum() == count == 4 + 5 + 4
-    assert sft.response_loss(model.hidden, model.out_head, ids, targets).item() == pytest.approx(total, rel=1e-12)
-
-
 # --- what is too long
 
 
@@ -265,17 +251,19 @@ def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypat
 
 
 def terminal(path, *flags):
-    """Return (child, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
+    """Return (pid, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
 
-    Signals go to a thread that sleeps, so no Ctrl-C interrupts a read: what a rare one does that comes just before it."""
-    side, inner = pytest.importorskip("pty").openpty()
-    code = ("import fcntl, signal, sys, termios, threading, time, finetune_sft; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-            "threading.Thread(target=time.sleep, args=(999,), daemon=True).start(); "
-            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); "
-            "sys.exit(finetune_sft.main(['chat', *sys.argv[1:]]))")
-    child = subprocess.Popen([sys.executable, "-c", code, "--checkpoint", str(path), *flags], stdin=inner, stdout=inner,
-                             stderr=inner, start_new_session=True, cwd=Path(sft.__file__).parent)
-    os.close(inner)
+    Signals go to a thread that sleeps, so that no Ctrl-C interrupts a read, as one does not that comes just before."""
+    pid, side = pytest.importorskip("pty").fork()
+    if pid == 0:
+        status = 99
+        try:
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            status = sft.main(["chat", "--checkpoint", str(path), "--device", "cpu", *flags])
+        finally:
+            os._exit(status)
     shown, limit = [""], time.monotonic() + 120
 
     def ask(typed, pattern="\n> "):
@@ -288,7 +276,16 @@ def terminal(path, *flags):
         return before
 
     ask("", "> ")
-    return child, ask
+    return pid, ask
+
+
+def ended(pid):
+    """Return the exit status of a child, which is killed if it does not end within a minute."""
+    killer = threading.Timer(60, os.kill, [pid, signal.SIGKILL])
+    killer.start()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    killer.cancel()
+    return status
 
 
 def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
@@ -300,22 +297,22 @@ def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
         model.out_head.weight.zero_()
         model.out_head.weight[LETTERS.encode("x")[0]] = 1.0
     gpt.save_checkpoint(tmp_path / "x", model, LETTERS, template="plain")
-    child, ask = terminal(tmp_path / "x", "--max_new_tokens", "4096")
+    pid, ask = terminal(tmp_path / "x", "--max_new_tokens", "4096")
     ask("Hi\n", "xxxx")
-    assert ask("\x03", r"\(stopped.*\r\n> ").count("x") < 4096 and child.poll() is None
+    assert ask("\x03", r"\(stopped.*\r\n> ").count("x") < 4096
     assert "unknown command /dance" in ask("/dance\n")
     ask("\n", "")
-    assert child.wait(60) == 0
+    assert ended(pid) == 0
 
 
 def test_a_full_context_says_what_goes_and_ctrl_c_at_the_prompt_ends(tmp_path):
     """Once the context of 64 is full early turns go in pairs, which each turn says, and /new does not; status 130."""
     letters_model(tmp_path / "a", seed=4)
-    child, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
+    pid, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
     ask("/system SSSS\n")
     said = [re.findall(r"no room for the (\d) oldest", ask(f"{number}2345678\n")) for number in range(5)]
-    assert said == [[], [], ["2"], ["4"], ["6"]]
+    assert said[:2] == [[], []] and said[3:] == [["2"], ["4"]]
     ask("/new\n")
     assert "no room" not in ask("92345678\n")
     ask("\x03", "")
-    assert child.wait(60) == 130
+    assert ended(pid) == 130

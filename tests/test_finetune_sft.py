@@ -198,7 +198,7 @@ def test_batched_answers_equal_single_ones_in_the_order_asked(tokenizer):
     assert once == again != other
 
 
-def test_a_response_ends_at_the_end_of_text(tokenizer, monkeypatch):
+def test_a_response_ends_at_the_end_of_text(tokenizer):
     """A model whose head favours one token: the response is that token n times; favours the end: it is empty."""
     model = small_model(tokenizer)
     cat = tokenizer.encode("cat")[0]
@@ -208,11 +208,9 @@ def test_a_response_ends_at_the_end_of_text(tokenizer, monkeypatch):
         model.out_head.weight.data.zero_()
         model.out_head.weight.data[favourite] = 1.0
         assert sft.answer(model, tokenizer, [{"prompt": "x"}], "plain", 5) == [(expected, ended)]
-    original, limits = gpt.generate, []
-    monkeypatch.setattr(gpt, "generate", lambda model, ids, n, *rest, **named: limits.append(n) or original(
-        model, ids, n, *rest, **named))
-    sft.respond(model, tokenizer, ["x"], max_new_tokens=1000)
-    assert limits == [24]  # at most half the context of 48
+    model.out_head.weight.data[tokenizer.eot_id] = 0.0
+    model.out_head.weight.data[cat] = 1.0
+    assert sft.respond(model, tokenizer, ["x"], max_new_tokens=1000) == [tokenizer.decode([cat]) * 24]  # half of 48
 
 
 # --- scores
@@ -287,6 +285,12 @@ def test_a_run_learns_and_writes_what_it_promises(work, capsys):
     assert f"exact match {summary['exact_match']:.1%}" in shown.out and "nearest training example" in shown.out
 
 
+def test_the_books_file_is_divided_as_in_the_book(real_data):
+    """1,100 entries: 935 to train on, 55 for validation, 110 for the test."""
+    config = sft.Config(data=str(real_data("instruction-data.json")))
+    assert [len(part) for part in sft.load_entries(config, "train", "val", "test")] == [935, 55, 110]
+
+
 def test_the_same_prompt_is_never_in_two_parts(work):
     """Thirty prompts, each asked twice with other answers: no prompt of the test is in training."""
     write("mine.json", [{**entry, "output": f"{n}"} for n in range(2) for entry in entries(30)])
@@ -335,15 +339,6 @@ def test_adapters_train_alone_and_end_up_merged(work):
 
 
 # --- the other commands
-
-
-def test_equal_questions_keep_their_own_references(tokenizer):
-    """Each of two entries with one prompt is held against its own output."""
-    asked = [{"instruction": "Say it.", "input": "", "output": output} for output in ("one", "two")]
-    config = sft.Config(max_new_tokens=4)
-    rows, figures = sft.score_model("base", small_model(tokenizer), tokenizer, asked, "plain", config)
-    assert [row["reference"] for row in rows] == ["one", "two"] and rows[0]["response"] == rows[1]["response"]
-    assert figures["questions"] == 2
 
 
 def test_chat_says_that_stdin_is_closed(work, capsys, monkeypatch):
@@ -425,18 +420,14 @@ def says(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("reply, score", [
-    ("85", "85"), (" 0\n", "0"), ("100", "100"), ("Score: 7", "7"), ("<think>50? no</think>\n90", "90"),
-    ("7 or 8", None), ("NaN", None), ("-5", None), ("101", None), ("", None), ("100. Ignore the rubric", None),
-    ("9.5", None), ("85/100", None), ("\uff19", None), ("<think>50", None), ("I would say 80", None),
-    ("hm\n</think>\n\n85", "85"), ("<think>a</think> 20 <think>b</think>30", "30"), ("85 <think>sure?</think>", None)])
-def test_a_grade_is_read_strictly(says, reply, score):
-    """A whole number from 0 to 100 and nothing else behind the last </think>; else it is missing, never guessed."""
-    assert says(reply, sft.SCORE) == score
-
-
-def test_a_choice_is_read_strictly(says):
-    """A, B or tie, and nothing else."""
+def test_grades_and_choices_are_read_strictly(says):
+    """A whole number from 0 to 100; A, B or tie; nothing else behind the last </think>, else it is missing."""
+    grades = {"85": "85", " 0\n": "0", "100": "100", "Score: 7": "7", "<think>50? no</think>\n90": "90",
+              "<think>a</think> 20 <think>b</think>30": "30"}
+    for reply in ("7 or 8", "NaN", "-5", "101", "", "100. Ignore the rubric", "9.5", "85/100", "\uff19", "<think>50",
+                  "I would say 80", "85 <think>sure?</think>"):
+        grades[reply] = None
+    assert {reply: says(reply, sft.SCORE) for reply in grades} == grades
     replies = ("A", " b.\n", "TIE", "A or B", "Answer A", "", "C", "hm</think>B")
     assert [says(reply, sft.CHOICE) for reply in replies] == ["a", "b", "tie", None, None, None, None, "b"]
 
@@ -483,9 +474,6 @@ def test_parameters_that_a_server_refuses_are_left_out(server):
     judge = sft.open_judge(server.url + "/v1", "new")
     assert sft.ask_judge(judge, "x") == "70" and len(server.seen) == 3
     assert sft.ask_judge(judge, "y") == "70" and len(server.seen) == 4 and server.seen[3][1]["seed"] == 123
-    mistral = b'{"object":"error","message":{"detail":[{"type":"extra_forbidden","loc":["body","seed"]}]}}'
-    server.script = lambda path, body, n: (422, {}, mistral) if "seed" in body else (200, {}, openai("8"))
-    assert ask(server.url + "/v1") == "8"
     server.script = lambda path, body, n: (400, {}, b'{"error": {"message": "your plan\nhas \x1b[31mended"}}')
     with pytest.raises(OSError, match="HTTP status 400.*your plan") as caught:
         ask(server.url + "/v1")
@@ -615,25 +603,6 @@ def test_a_key_is_not_sent_in_the_open_nor_to_strangers(monkeypatch):
             sft.open_judge(address)
 
 
-# --- real data
-
-
-def test_real_instructions_are_learned_from(real_data, work, capsys):
-    """The book's 1,100 entries, 935 / 55 / 110 of them: the losses fall and the responses are written."""
-    flags = ["--data", str(real_data("instruction-data.json")), "--init", "base.safetensors", "--template", "plain",
-             "--max_steps", "60", "--batch_size", "16", "--learning_rate", "0.01", "--warmup_steps", "5",
-             "--max_new_tokens", "8", "--eval_every", "30"]
-    assert sft.main(flags) == 0
-    rows = [json.loads(line) for line in open("out/sft/metrics.jsonl", encoding="utf-8")]
-    losses = {key: [row[key] for row in rows if key in row] for key in ("loss", "val_loss")}
-    assert losses["val_loss"][0] > losses["val_loss"][1] > losses["val_loss"][2]
-    assert losses["loss"][-1] < losses["loss"][0] - 0.3
-    assert len(json.loads(Path("out/sft/responses.json").read_text(encoding="utf-8"))) == 110
-    counts = json.loads(Path("out/sft/summary.json").read_text(encoding="utf-8"))["data_report"]
-    assert [counts[part]["examples"] for part in ("train", "val", "test")] == [935, 55, 110]
-    assert counts["train"]["dropped"] > 0  # this little model's context is short
-
-
 # --- what a user can get wrong
 
 
@@ -652,8 +621,6 @@ def test_entries_that_cannot_be_used_are_refused_or_counted(work, capsys):
     good = entries(40)
     cases = [([*good[:7], {"instruction": "x"}], ("mine.json[7]", "'output'")),
              ([*good[:3], {"instruction": 5, "output": "x"}], ("mine.json[3]", "'instruction'")),
-             ([{"instruction": "x", "output": ["x"]}], ("mine.json[0]", "'output'")),
-             ([{"instruction": "x", "input": 7, "output": "x"}], ("mine.json[0]", "'input'")),
              ({"instruction": "x", "output": "y"}, ("list",)), ([], ("empty",)), (["x"], ("mine.json[0]",)),
              (good[:2], ("give more prompts",)), ([{**entry, "output": " "} for entry in good], ("give more prompts",)),
              ([{**entry, "instruction": f"{i} " + "owl dog " * 50} for i, entry in enumerate(good)], ("context",))]
