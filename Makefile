@@ -123,7 +123,7 @@ $(REAL)/sft/summary.json: $(REAL)/data.here
 
 # gpt2-medium: llama3 grades its answers near 50 of 100 (47.7 to 51.8 in the book's variants).
 $(REAL)/sft/scores$(if $(JUDGE),.judged).txt: $(REAL)/sft/summary.json
-	$(PYTHON) finetune_sft.py evaluate --data instructions --checkpoint $(REAL)/sft/model.safetensors $(if $(JUDGE),--judge $(JUDGE) --judge_examples 0 )> $@.tmp
+	$(PYTHON) finetune_sft.py evaluate --data instructions --checkpoint $(REAL)/sft/model.safetensors $(if $(JUDGE),--judge $(JUDGE) )> $@.tmp
 	mv $@.tmp $@ && cat $@
 
 # Nothing is published for reward model and PPO on these pairs.

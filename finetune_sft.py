@@ -1,7 +1,6 @@
 """Instruction fine-tuning: a model that continues text learns to answer, and its answers are scored.
 
     python finetune_sft.py                     the built-in questions on out/pretrain's model: 161 s on 2 cores
-    python finetune_sft.py --data mine.json --lora_rank 8
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond --prompt "What is the plural of fox?"
     python finetune_sft.py chat                talk to it; /help lists what else it takes
@@ -60,7 +59,6 @@ class Config(AdapterOptions):
 
     data: str = option("tinyworld", "tinyworld, instructions, alpaca, or a .json or .jsonl file")
     examples: int = option(0, "training examples, 0 = all of a file, 36,000 of tinyworld", low=0)
-    split_seed: int = option(123, "of the division of a file into train, validation and test", low=0, high=2**62)
     template: str = option("", "empty = the checkpoint's, else plain (tinyworld) or alpaca", choices=("", *TEMPLATES))
     mask_prompt: bool = option(True, "train on the answers only")
     max_new_tokens: int = option(256, "of a response, at most half the context", low=1)
@@ -68,13 +66,10 @@ class Config(AdapterOptions):
     checkpoint: str = option("out/sft/model.safetensors", "the model that answers; of serve: several, with commas")
     prompt: str = option("", "the instruction to answer; empty = those on stdin, one per line")
     split: str = option("test", "part of the data", choices=("train", "val", "test", "all"))
-    out: str = option("", "a new file for the responses")
     against: str = option("", "model to compare with; empty = the one that training started from; none")
     judge: str = option("", "ollama, openai, or a URL; empty = no judge")
     judge_model: str = option("llama3", "the judge's name there")
-    host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0 = open to every machine that reaches this one")
     port: int = option(8000, "of the page and the API, 0 = any free one", low=0, high=65535)
-    judge_examples: int = option(100, "ask about the first so many entries, 0 = all", low=0)
 
 
 def default_rate(word, config):
@@ -96,27 +91,21 @@ def load_model(config, source, made_by="python finetune_sft.py"):
     return model.to(pick_device(config.device)), tokenizer, template, info
 
 
-def load_entries(config, split_seed, *parts):
-    """Return a list of entries for each named part of --data: train, val, test, all; ValueError for an empty one."""
+def load_entries(config, *parts):
+    """Return a list of entries for each named part of --data: train, val, test, all."""
     if config.data == "tinyworld":
         return [tinyworld("instructions", part, part == "train" and config.examples or None) for part in parts]
     entries = read_conversations(config.data)
     opening = lambda entry: prompt_of({"messages": entry["messages"][:2]})  # noqa: E731, its answer is learned as well
-    train, val, test = split(entries, seed=split_seed, group=opening)
+    train, val, test = split(entries, group=opening)
     found = {"train": train[: config.examples or None], "val": val, "test": test, "all": entries}
-    for part in parts:
-        if not found[part]:
-            raise ValueError(f"{config.data}: the {part} part of {len(entries)} entries is empty; give more prompts")
     return [found[part] for part in parts]
 
 
 def encode_messages(messages, tokenizer, template, room):
-    """Return (ids, counted, dropped) of a conversation: its token ids with an end of text behind each answer, a 1 for
-    each token of an answer and its end, 0 for others, and how many messages had to go.
-
-    Of what is longer than `room` whole early turns go first; a system message and the last turn stay, whatever their
-    length. Each message is encoded by itself, so a mark of the template in somebody's words changes nothing."""
-    pieces = [(tokenizer.encode(text) + [tokenizer.eot_id] * counted, counted)
+    """Return (ids, counted, dropped): a conversation's token ids, a 1 for each that belongs to an answer or ends one,
+    else 0, and how many messages found no `room`: whole early turns go first, never the system's or the last turn."""
+    pieces = [(tokenizer.encode(text) + [tokenizer.eot_id] * counted, counted)  # each by itself: no token spans two
               for text, counted in format_messages(messages, template)]
     turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
     for start in turns:  # from the whole conversation to its last turn
@@ -129,26 +118,20 @@ def encode_messages(messages, tokenizer, template, room):
 
 def encode_entries(entries, tokenizer, template, context_length, mask_prompt=True):
     """Return a pair (ids, counted) for each entry of which a target is left in the context; see `encode_messages`."""
-    items, shortened = [], 0
+    items = []
     for entry in entries:
-        ids, counted, dropped = encode_messages(messages_of(entry), tokenizer, template, context_length + 1)
+        ids, counted, _ = encode_messages(messages_of(entry), tokenizer, template, context_length + 1)
         counted = counted if mask_prompt else [1] * len(ids)
         if 1 in counted[1 : context_length + 1]:  # the first token is no target, the last one no input
             items.append((ids, counted))
-            shortened += dropped > 0
-    if shortened:
-        print(f"{shortened} of {len(entries)} conversations exceed {context_length} tokens and lose early turns",
-              file=sys.stderr)
     return items
 
 
 def prompt_ids(messages, tokenizer, template, room):
-    """Return (ids, dropped) of a conversation that awaits an answer, at most `room` ids, as `encode_messages` does.
-
-    A template for one turn takes the last question alone. Raises ValueError where that does not fit."""
+    """Return (ids, dropped) of a conversation that awaits an answer; ValueError if its last question exceeds `room`."""
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation that awaits an answer ends with a message of the user")
-    early = len(messages) - 1 if TEMPLATES[template][-1] is None else 0
+    early = len(messages) - 1 if TEMPLATES[template][-1] is None else 0  # this template takes one question
     ids, _, dropped = encode_messages(messages[early:], tokenizer, template, room)
     if len(ids) > room:
         raise ValueError(f"the question has {len(ids)} tokens, and there is room for {room}; ask something shorter")
@@ -156,8 +139,8 @@ def prompt_ids(messages, tokenizer, template, room):
 
 
 def nearest_examples(train, test):
-    """Return for each test entry the training entry with the most similar prompt, whose output is a baseline: of those
-    that share its rarest word the one with the largest share of equal words, |A and B| / |A or B| (Jaccard)."""
+    """Return for each test entry, of the training entries that share its rarest word, the one of the most similar
+    prompt by the share of equal words, |A and B| / |A or B| (Jaccard). Its output is a baseline."""
     bags, holders, nearest = [frozenset(WORD.findall(prompt_of(entry))) for entry in train], {}, []
     for index, bag in enumerate(bags):
         for word in bag:
@@ -221,10 +204,7 @@ def respond(model, tokenizer, prompts, template="plain", max_new_tokens=64, batc
 
 
 def stream_answer(model, tokenizer, prompt, limit, begun=(), stop=(), **sampling):
-    """Yield (text, ids, reason to end or None) of an answer as it is drawn, never half a character; the reason is last.
-
-    `prompt` is a list of ids, `begun` the answer's first; `sampling` goes to gpt.generate_steps. The ids of an end of
-    text and of a stop string are there, their text is not."""
+    """Yield (text, ids, None) as an answer is drawn, then ("", [], "stop" or "length"); `begun` are its first ids."""
     said, told, limit = [], 0, min(limit, model.config.context_length - len(prompt) - len(begun))
     steps = gpt.generate_steps(model, torch.tensor([[*prompt, *begun]], device=model.device), limit, **sampling)
 
@@ -244,8 +224,7 @@ def stream_answer(model, tokenizer, prompt, limit, begun=(), stop=(), **sampling
 
 
 def score_rows(rows):
-    """Return the figures of rows of responses.json: exact match overall and by kind, the same on unseen words, i.e.
-    words that tuning never asks about in this kind of question; the share that ended."""
+    """Return the figures of rows of responses.json; unseen words are those that tuning never asks about in a kind."""
     share = lambda hits: sum(hits) / len(hits) if hits else None  # noqa: E731
     hits, kinds = {False: [], True: []}, {False: {}, True: {}}  # by whether words are unseen
     for row in rows:
@@ -265,12 +244,9 @@ def score_model(name, model, tokenizer, entries, template, config):
     answers = answer(model, tokenizer, entries, template, config.max_new_tokens, 128, config.temperature, config.seed)
     rows = []
     for entry, (response, ended) in zip(entries, answers):
-        asked, reference = last_turn(entry)
         more = {key: entry[key] for key in ("kind", "unseen") if key in entry}
-        if len(asked) > 1:
-            more["messages"] = asked
-        rows.append({"instruction": asked[-1]["content"], "input": asked[-1].get("input", ""), "reference": reference,
-                     "response": response, "ended": ended, **more})
+        rows.append({"prompt": prompt_of(entry), "reference": last_turn(entry)[1], "response": response,
+                     "ended": ended, **more})
     items = encode_entries(entries, tokenizer, template, model.config.context_length)
     loss = evaluate_loss(model, items, tokenizer, autocast(config, model.device)) if items else math.nan
     figures = {**score_rows(rows), "perplexity": math.exp(min(loss, 50))}
@@ -288,7 +264,8 @@ def score_model(name, model, tokenizer, entries, template, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge: a larger language model that grades answers, asked over HTTP
 
-PAUSES = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
+JUDGED = 200  # answers of each model that a judge grades
+PAUSES = (2.0, 10.0, 30.0)  # seconds before the second, third and fourth try
 REPLY_TOKENS = 1024  # room for a judge that thinks before it answers
 LOCAL = ("localhost", "127.0.0.1", "0.0.0.0", "[::1]", "[::]")  # this machine
 SCORE = re.compile(r"(?:score:\s*)?([0-9]{1,2}|100)", re.IGNORECASE)
@@ -319,59 +296,43 @@ def open_judge(judge, model="llama3", context=8192):
     url = {"ollama": "http://localhost:11434", "openai": "https://api.openai.com/v1"}.get(judge, judge).rstrip("/")
     found = re.fullmatch(r"(https?)://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^@]*)?", url, re.IGNORECASE)
     if not found:
-        raise argparse.ArgumentError(None, "--judge takes ollama, openai, or a URL such as http://localhost:11434 or "
-                                           "http://localhost:8000/v1, without a user name in it")
+        raise argparse.ArgumentError(None, "--judge takes ollama, openai, or an http address without a user name in it")
     own = os.environ.get("OPENAI_API_KEY", "") if found[2] == "api.openai.com" else ""
     key = (os.environ.get("JUDGE_API_KEY") or own).strip()
-    if not re.fullmatch("[!-~]*", key):
-        raise ValueError("the judge's API key holds a blank or a character outside ASCII; set it anew")
     if key and found[1] != "https" and found[2] not in LOCAL:
         raise ValueError("JUDGE_API_KEY would be sent unencrypted; unset it, or give --judge an https address")
     options, ollama = {"temperature": 0, "seed": 123}, not re.search(r"/v[0-9]+$", url)
     options |= {"num_ctx": context, "num_predict": REPLY_TOKENS} if ollama else {"max_tokens": REPLY_TOKENS}
+    request = {"headers": {"Authorization": f"Bearer {key}"} if key else {}, "allow_redirects": False,
+               "auth": lambda request: request,  # so that requests sends no password from .netrc
+               "proxies": {"http": "", "https": ""} if found[2] in LOCAL else None}
     return {"address": url + ("/api/chat" if ollama else "/chat/completions"), "ollama": ollama, "key": key,
-            "local": found[2] in LOCAL, "body": {"model": model, "stream": False},
+            "request": request, "body": {"model": model, "stream": False},
             "options": {"options": options} if ollama else options}
 
 
-def post_json(judge, body, timeout):
-    """Return (status, Retry-After in seconds, reply) of one request; `timeout` in seconds bounds the whole exchange."""
+def ask_judge(judge, prompt, timeout=300.0):
+    """Return the reply of a judge from `open_judge` to a prompt, "" where it is no text or was cut.
+
+    Busy servers are asked again, options that a refusal names are dropped. Raises OSError, without the key."""
     import requests  # here, because it costs every start 0.1 s
 
-    end, content = time.monotonic() + timeout, b""
-    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {judge['key']}"} if judge["key"] else {})}
-    try:
-        with requests.post(judge["address"], json=body, headers=headers, timeout=(min(10, timeout), timeout),
-                           proxies={"http": "", "https": ""} if judge["local"] else None, stream=True,
-                           allow_redirects=False, auth=lambda request: request) as response:  # no key from .netrc
-            while block := response.raw.read1(1 << 16):
-                content += block
-                if time.monotonic() > end or len(content) > 1 << 20:
-                    raise requests.ReadTimeout
-    except (OSError, requests.packages.urllib3.exceptions.HTTPError) as error:
-        what, hint = type(error).__name__, "check --judge and the network; for Ollama: ollama serve"
-        if what.startswith("ReadTimeout"):
-            hint = f"it takes longer than {timeout:g} s; if its model was being loaded, a second try is answered"
-        raise OSError(f"no reply from the judge at {judge['address']} ({what}); {hint}") from None
-    after = response.headers.get("Retry-After", "")
-    return response.status_code, float(after) if after.isdecimal() else 0.0, content.decode(errors="replace")
-
-
-def ask_judge(judge, prompt, timeout=300.0):
-    """Return the reply of a judge, as `open_judge` gives it, to a prompt; "" where it is no text or was cut.
-
-    Busy servers (408, 429, 5xx) are asked again after a pause; options that a refusal names are dropped from then on.
-    Raises OSError, without the key, where there is no reply or a refusal."""
-    message = {"messages": [{"role": "user", "content": prompt}]}
+    body = {**judge["body"], "messages": [{"role": "user", "content": prompt}]}
     for pause in (*PAUSES, None):
-        status, after, content = post_json(judge, {**judge["body"], **message, **judge["options"]}, timeout)
+        try:
+            response = requests.post(judge["address"], json={**body, **judge["options"]}, timeout=timeout,
+                                     **judge["request"])
+        except OSError as error:
+            raise OSError(f"no reply from the judge at {judge['address']} within {timeout:g} s ({type(error).__name__})"
+                          "; check --judge and the network; for Ollama: ollama serve") from None
+        status, content = response.status_code, response.content.decode(errors="replace")
         named = [name for name in judge["options"] if name in content and status in (400, 422)]
         busy = status in (408, 429) or status >= 500
         if pause is None or not (named or busy):
             break
         for name in named:
             del judge["options"][name]
-        time.sleep(min(60, max(pause, after)) if busy else 0)
+        time.sleep(pause if busy else 0)
     content = content.replace(judge["key"] or "\0", "***")
     if status != 200:
         said = " ".join("".join(c if c.isprintable() else " " for c in content).split())[:300]
@@ -423,14 +384,12 @@ def judged_mean(values, high):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The server: OpenAI's chat API over HTTP, and the page that talks to it
-#
-# Our own fields: a request may have `top_k` and `continue_ids`, the exact ids of the answer's beginning, with which the
-# reply begins; a reply has `token_ids` in every choice, `id` in every token's `logprobs`, and `dropped_messages`.
+# Our own fields: `top_k` and `continue_ids`, the ids that an answer begins with, in a request; `dropped_messages`,
+# `token_ids` in every choice and `id` in every token's `logprobs` in a reply.
 
 PATIENCE = 10.0  # seconds for a client to send its request, and to take each piece of the answer
 WAITING = 8  # requests that may wait while another is answered
 LARGEST = 1 << 20  # bytes of a request's body
-HOST = re.compile(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", re.IGNORECASE)  # no site's DNS can take these names
 FIELDS = {  # of a request: types, limits (of a text's or list's length), default; other fields are ignored
     "model": ((str,), 0, 999, ""), "messages": ((list,), 1, 999, []), "stream": ((bool,), 0, 1, False),
     "temperature": ((float, int), 0, 2, 0), "top_p": ((float, int), 1e-6, 1, None), "top_k": ((int,), 1, 1 << 31, None),
@@ -444,7 +403,7 @@ class Refused(ValueError):
 
 
 def read_fields(body):
-    """Return {name: value} for all of FIELDS from the body of a request; raises Refused for a value out of range."""
+    """Return {name: value} for all of FIELDS from a request's body; raises Refused for a value out of range."""
     fields, given = {}, body if isinstance(body, dict) else {}
     for name, (kinds, low, high, default) in FIELDS.items():
         value = default if given.get(name) is None else given[name]
@@ -460,15 +419,13 @@ def read_fields(body):
 
 @torch.no_grad()
 def score_tokens(model, tokenizer, before, ids, count):
-    """Return OpenAI's `logprobs` entry of each id behind the ids `before`, with the `count` likeliest in its place: the
-    model's own, at temperature 1."""
+    """Return OpenAI's `logprobs` of ids behind the ids `before`, at temperature 1, with the `count` likeliest each."""
     scores = []
     hidden = model.hidden(torch.tensor([[*before, *ids[:-1]]], device=model.device))[0, len(before) - 1 :]
     for i, state in zip(ids, hidden):
         entries, logprobs = [], torch.log_softmax(model.out_head(state).float(), dim=-1)  # (V,)
         for j in [i, *logprobs.topk(min(count, len(logprobs))).indices.tolist()]:
-            raw = tokenizer.tokens[j] if isinstance(tokenizer.tokens[j], bytes) else tokenizer.tokens[j].encode()
-            entries.append({"token": tokenizer.decode([j]), "id": j, "logprob": logprobs[j].item(), "bytes": list(raw)})
+            entries.append({"token": tokenizer.decode([j]), "id": j, "logprob": logprobs[j].item()})
         scores.append({**entries[0], "top_logprobs": entries[1:]})
     return scores
 
@@ -512,11 +469,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout, disable_nagle_algorithm, default_request_version = PATIENCE, True, "HTTP/1.0"
 
     def handle(self):
-        self.clock = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RD])  # ends a slow request
-        self.clock.start()
         with contextlib.suppress(OSError):  # the client has left
             super().handle()
-        self.clock.cancel()
 
     def send(self, status, content, kind="application/json"):
         self.send_response(status)
@@ -530,11 +484,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(status, {"error": {"message": message or "unreadable", "type": kind, "param": param, "code": code}})
 
     def do_GET(self):
-        host, place = self.headers.get("Host", ""), (self.command, self.path.partition("?")[0])
+        host, place = self.headers.get("Host", "").partition(":")[0], (self.command, self.path.partition("?")[0])
         page = Path(__file__).resolve().parent / "assets/chat.html"
         try:
-            if not HOST.fullmatch(host) and host.partition(":")[0] != self.server.host:
-                raise Refused(403, "this Host is refused; use an IP address, localhost, or the name given to --host")
+            if host not in ("localhost", "127.0.0.1"):  # a site whose name was pointed at this machine
+                raise Refused(403, "this Host is refused; use localhost or 127.0.0.1")
             if place == ("POST", "/v1/chat/completions"):
                 self.complete(read_fields(self.read_body()))
             elif place == ("GET", "/v1/models"):
@@ -554,7 +508,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind != "application/json" or not re.fullmatch("[0-9]{1,15}", size):  # another site's form cannot send this
             raise Refused(400, "the request needs Content-Type: application/json and a Content-Length")
         content = self.rfile.read(min(int(size), 8 * LARGEST))  # a reply to an unread body can be lost
-        self.clock.cancel()
         if int(size) > LARGEST:
             raise Refused(413, f"the body has more than {LARGEST} bytes")
         return json.loads(content, parse_constant=int)  # int("NaN") is an error
@@ -574,8 +527,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         context, messages = model.config.context_length, conversation({"messages": fields["messages"]}, "messages")
         prompt, dropped = prompt_ids(messages, tokenizer, template, context - min(256, context // 2))
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in begun) or len(prompt + begun) >= context:
-            raise Refused(400, f"continue_ids must be token ids and leave room in the context of {context}",
-                          "continue_ids")
+            raise Refused(400, f"continue_ids must be token ids that fit into the context of {context}", "continue_ids")
         reply = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion" + ".chunk" * fields["stream"],
                  "created": int(time.time()), "model": name, "dropped_messages": dropped}
         with contextlib.ExitStack() as stack:
@@ -589,23 +541,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def open_server(config):
-    """Return a server that listens at --host and --port and holds the models of --checkpoint."""
+    """Return a server of the models of --checkpoint, which this machine alone can reach, at --port."""
     models = {}
     for path in config.checkpoint.split(","):
         name = Path(path).parent.name if Path(path).stem == "model" else Path(path).stem
         models[name if name and name not in models else path] = load_model(config, path)
-    server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
-    server.host, server.models = config.host, models
-    server.busy, server.places = threading.Lock(), threading.Semaphore(1 + WAITING)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", config.port), Handler)
+    server.models, server.busy, server.places = models, threading.Lock(), threading.Semaphore(1 + WAITING)
     return server
 
 
 def serve(config):
     """Answer in the browser, and programs that speak OpenAI's chat API, until Ctrl-C."""
     with open_server(config) as server:
-        print(f"{', '.join(server.models)} at http://{config.host}:{server.server_port}  (API: /v1; Ctrl-C ends it)")
-        if config.host not in LOCAL[:2]:
-            print("note: everyone who can reach this machine can use the models; there is no password", file=sys.stderr)
+        print(f"{', '.join(server.models)} at http://127.0.0.1:{server.server_port}  (API: /v1; Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
     server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token
@@ -656,26 +605,24 @@ def train(config):
         return summary
     device = pick_device(config.device)
     context = autocast(config, device)
-    total_steps(config, 1)  # refuses a run without end before any work
     torch.manual_seed(config.seed)
     model, tokenizer, template, _ = on_first_rank(load_model, config, config.init, "python train.py")
     if config.lora_rank:
         add_adapters(model, config)
     model.to(device).train()
     length, names = model.config.context_length, ("train", "val", "test")
-    parts, items, counts = dict(zip(names, on_first_rank(load_entries, config, config.split_seed, *names))), {}, {}
+    parts, items, counts = dict(zip(names, on_first_rank(load_entries, config, *names))), {}, {}
     for name, entries in parts.items():
         items[name] = encode_entries(entries, tokenizer, template, length, config.mask_prompt)
         truncated = sum(len(ids) > length + 1 for ids, _ in items[name])
         counts[name] = {"examples": len(entries), "truncated": truncated, "dropped": len(entries) - len(items[name])}
         print(f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in counts[name].items()), file=sys.stderr)
     if not items["train"] or not items["val"]:
-        raise ValueError(f"{config.data}: every prompt fills the context of {length}; plain is the shorter --template")
+        raise ValueError(f"{config.data}: no example to train on or to validate fits the context; give more prompts")
     total = total_steps(config, math.ceil(len(items["train"]) / config.batch_size))
     optimizers, progress = make_optimizers(model, config), Progress()
     mark, val = fingerprint(model, items["train"], items["val"]), (parts["val"], items["val"])
-    info = {"stage": "sft", "template": template, "init": config.init, "data": config.data,
-            "split_seed": config.split_seed, "data_sha256": mark["data"]}
+    info = {"stage": "sft", "template": template, "init": config.init, "data": config.data, "data_sha256": mark["data"]}
     hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
     lengths = torch.tensor([len(ids) for ids, _ in items["train"]])
     order = lambda epoch: order_by_length(lengths, config.batch_size, config.seed, epoch)  # noqa: E731
@@ -723,8 +670,11 @@ def read_questions():
     if sys.stdin is None or sys.stdin.closed:
         raise ValueError("stdin is closed, and questions are read from it; to ask one: respond --prompt TEXT")
     sign = "> " * sys.stdin.isatty()
+    polls = sign and os.name == "posix"  # elsewhere select takes sockets only
     while True:
         print(sign, end="", file=sys.stderr, flush=True)
+        while polls and not select.select([sys.stdin], [], [], 0.2)[0]:
+            pass  # a Ctrl-C just before a read begins does not interrupt it, and would count only after the next line
         line = sys.stdin.readline()
         if line.strip():
             yield line.strip()
@@ -733,16 +683,12 @@ def read_questions():
 
 
 def say(model, tokenizer, template, messages, line, config, generator):
-    """Print a model's answer to a line behind earlier messages as it is drawn; return the messages with both.
-
-    "\\n" in the line starts its input. What finds no room in the context is forgotten."""
+    """Print a model's answer to a line behind earlier messages as it is drawn; return the messages with both."""
     asked = [*messages, {"role": "user", "content": line.replace("\\n", "\n")}]
     limit, said = min(config.max_new_tokens, model.config.context_length // 2), ""
     ids, dropped = prompt_ids(asked, tokenizer, template, model.config.context_length - limit)
     if dropped:
-        print(f"(no room for the {dropped} oldest messages; they are forgotten)", file=sys.stderr)
-        first = int(asked[0]["role"] == "system")
-        del asked[first : first + dropped]
+        print(f"(no room for the {dropped} oldest messages)", file=sys.stderr)
     for text, _, _ in stream_answer(model, tokenizer, ids, limit, temperature=config.temperature, generator=generator):
         print(text, end="", flush=True)
         said += text
@@ -800,42 +746,32 @@ def chat(config):
                 raise ValueError(f"unknown command {word}; /help lists them")
         except KeyboardInterrupt:
             print("\n(stopped; this turn is forgotten)", file=sys.stderr)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError, argparse.ArgumentError) as error:
+        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, argparse.ArgumentError) as error:
             print(f"({gpt.explain(error)})", file=sys.stderr)
 
 
 def evaluate(config):
     """Print a model's scores beside those of the one it started from, and a judge's if asked for."""
     judge = open_judge(config.judge, config.judge_model) if config.judge else None
-    if config.out and os.path.exists(config.out):
-        raise argparse.ArgumentError(None, f"--out {config.out} exists; give another name")
-    name, rows = config.checkpoint, {}
-    model, tokenizer, template, info = load_model(config, name)
-    split_seed, start = info.get("split_seed", config.split_seed), info.get("init", "")
+    model, tokenizer, template, info = load_model(config, config.checkpoint)
+    start = info.get("init", "")
     against = config.against or (start if start in GPT_CONFIGS or os.path.isfile(start) else "none")
-    (entries,) = load_entries(config, split_seed, config.split)
-    rows[name], _ = score_model(name, model, tokenizer, entries, template, config)
-    if config.out:
-        write_json(config.out, rows[name])
-    if against not in ("none", name):
-        model, tokenizer, _, info = load_model(config, against)
-        if config.data != "tinyworld" and info.get("split_seed", split_seed) != split_seed:
-            print(f"note: {against} was tuned with another --split_seed, perhaps on these questions", file=sys.stderr)
-        rows[against], _ = score_model(against, model, tokenizer, entries, template, config)
+    (entries,) = load_entries(config, config.split)
+    rows = {config.checkpoint: score_model(config.checkpoint, model, tokenizer, entries, template, config)[0]}
+    if against not in ("none", config.checkpoint):
+        model, tokenizer, _, _ = load_model(config, against)
+        rows[against] = score_model(against, model, tokenizer, entries, template, config)[0]
     for name, part in rows.items() if judge else ():
-        grades = [judge_score(judge, prompt_of(row), row["reference"], row["response"])
-                  for row in part[: config.judge_examples or None]]
+        asked = part[:JUDGED]
+        grades = [judge_score(judge, row["prompt"], row["reference"], row["response"]) for row in asked]
         result = judged_mean(grades, 100)
-        mean, low, high, worst, best = (f"{x:.3g}" for x in (result["mean"], *result["interval"], *result["bounds"]))
-        print(f"judge's grade of {name}: {mean} [{low}, {high}], {result['missing']} missing: {worst} to {best} "
-              "whatever they were")
+        print("judge's grade of {}: {mean:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]; {missing} of {} replies are "
+              "missing: {bounds[0]:.1f} to {bounds[1]:.1f} whatever they were".format(name, len(asked), **result))
 
 
 def main(argv=None):
     """Run the command line and return its exit status."""
-    tuning = " lora_rank lora_alpha lora_dropout lora_targets examples split_seed template mask_prompt max_new_tokens"
+    tuning = " lora_rank lora_alpha lora_dropout lora_targets examples template mask_prompt max_new_tokens"
     answers = "checkpoint template max_new_tokens temperature seed device debug"
     defaults = {"init": "out/pretrain/model.safetensors", "out_dir": "out/sft", "epochs": 1, "batch_size": 32,
                 "warmup_steps": 50, "schedule": "linear", "final_rate": 0.0, "optimizer": "adamw",
@@ -844,10 +780,10 @@ def main(argv=None):
         "train": Command(train, TRAINING + tuning, parallel=True, defaults=defaults),
         "respond": Command(respond_command, answers + " prompt"),
         "chat": Command(chat, answers, defaults={"checkpoint": next(filter(os.path.isfile, MODELS), MODELS[-1])}),
-        "serve": Command(serve, "checkpoint template host port device debug",
+        "serve": Command(serve, "checkpoint template port device debug",
                          defaults={"checkpoint": ",".join(filter(os.path.isfile, MODELS[1::-1])) or MODELS[2]}),
-        "evaluate": Command(evaluate, answers + " data examples split out dtype against judge judge_model "
-                            "judge_examples")}, argv, __file__, default_rate)
+        "evaluate": Command(evaluate, answers + " data examples split dtype against judge judge_model")},
+        argv, __file__, default_rate)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ import json
 import os
 import re
 import select
-import subprocess
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import finetune_sft as sft
@@ -147,20 +147,6 @@ def test_one_turn_is_the_prompt_and_the_response_of_before():
     assert data.last_turn({"prompt": "x"}) == (talk("x"), "")
 
 
-def test_the_loss_of_a_conversation_is_that_of_each_answer_given_all_before():
-    """Cross-entropy from the logits of every prefix alone, against the padded batch, in float64."""
-    model, total, count = letters_model().double(), 0.0, 0
-    for text in ("a?\n> b.$c?\n> dd.$", "S\nee?\n> f.$"):
-        ids = from_letters(text)
-        for answer in re.finditer(r"(?<=>) [^$]*\$", text):
-            for at in range(*answer.span()):
-                logits = model(torch.tensor([ids[:at]]))[0, -1]
-                total, count = total + F.cross_entropy(logits, torch.tensor(ids[at])).item(), count + 1
-    ids, targets = batch([talk("a?", "b.", "c?", "dd."), talk("ee?", "f.", system="S")])
-    assert (targets != gpt.IGNORE).sum() == count == 4 + 5 + 4
-    assert sft.response_loss(model.hidden, model.out_head, ids, targets).item() == pytest.approx(total, rel=1e-12)
-
-
 # --- what is too long
 
 
@@ -189,7 +175,7 @@ def test_early_turns_go_first_and_whole_and_the_system_message_never():
             sft.prompt_ids(wrong, LETTERS, "plain", 99)
 
 
-def test_a_file_of_conversations_trains_and_is_answered_in_its_last_turn(tmp_path, monkeypatch, capsys):
+def test_a_file_of_conversations_trains_and_is_answered_in_its_last_turn(tmp_path, monkeypatch):
     """The second question can only be answered from the first turn: learned, scored, shown; too long is counted."""
     monkeypatch.chdir(tmp_path)
     letters_model("base.safetensors", 48)
@@ -200,12 +186,11 @@ def test_a_file_of_conversations_trains_and_is_answered_in_its_last_turn(tmp_pat
     assert sft.main([*flags.split(), "--optimizer", "muon", "--learning_rate", "0.03", "--warmup_steps", "5"]) == 0
     report = json.loads(Path("out/sft/summary.json").read_text(encoding="utf-8"))["data_report"].values()
     assert sum(part["dropped"] for part in report) == 20 and sum(part["truncated"] for part in report) == 0
-    assert "conversations exceed 48 tokens and lose early turns" in capsys.readouterr().err
     rows = json.loads(Path("out/sft/responses.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if "messages" in row and len(row["messages"][0]["content"]) < 10]
-    assert all(row["instruction"] == "?" and row["reference"] == row["messages"][0]["content"][-2] for row in rows)
+    rows = [row for row in rows if re.fullmatch(r"\d+ .\?\n> k\n\?", row["prompt"])]
+    assert all(row["reference"] == row["prompt"].split()[1][0] for row in rows)
     assert sum(row["response"] == row["reference"] for row in rows) > 0.9 * len(rows) > 5, rows
-    parts = sft.load_entries(sft.Config(data="a.jsonl"), 123, "train", "val", "test")
+    parts = sft.load_entries(sft.Config(data="a.jsonl"), "train", "val", "test")
     first, second, third = ({entry["messages"][0]["content"] for entry in part} for part in parts)
     assert not first & second and not (first | second) & third
 
@@ -266,13 +251,19 @@ def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypat
 
 
 def terminal(path, *flags):
-    """Return (child, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern."""
-    side, inner = pytest.importorskip("pty").openpty()
-    code = ("import fcntl, sys, termios, finetune_sft; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-            "sys.exit(finetune_sft.main(['chat', *sys.argv[1:]]))")
-    child = subprocess.Popen([sys.executable, "-c", code, "--checkpoint", str(path), *flags], stdin=inner, stdout=inner,
-                             stderr=inner, start_new_session=True, cwd=Path(sft.__file__).parent)
-    os.close(inner)
+    """Return (pid, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
+
+    Signals go to a thread that sleeps, so that no Ctrl-C interrupts a read, as one does not that comes just before."""
+    pid, side = pytest.importorskip("pty").fork()
+    if pid == 0:
+        status = 99
+        try:
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            status = sft.main(["chat", "--checkpoint", str(path), "--device", "cpu", *flags])
+        finally:
+            os._exit(status)
     shown, limit = [""], time.monotonic() + 120
 
     def ask(typed, pattern="\n> "):
@@ -285,11 +276,20 @@ def terminal(path, *flags):
         return before
 
     ask("", "> ")
-    return child, ask
+    return pid, ask
+
+
+def ended(pid):
+    """Return the exit status of a child, which is killed if it does not end within a minute."""
+    killer = threading.Timer(60, os.kill, [pid, signal.SIGKILL])
+    killer.start()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    killer.cancel()
+    return status
 
 
 def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
-    """An answer of thousands of letters appears before it ends, is stopped and forgotten; Ctrl-D ends with status 0."""
+    """An answer of thousands of letters appears before it ends, is stopped and forgotten; an empty line ends with 0."""
     model = letters_model(context_length=8192)
     with torch.no_grad():  # it says "x" for ever
         model.final_norm.weight.zero_()
@@ -297,24 +297,22 @@ def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
         model.out_head.weight.zero_()
         model.out_head.weight[LETTERS.encode("x")[0]] = 1.0
     gpt.save_checkpoint(tmp_path / "x", model, LETTERS, template="plain")
-    child, ask = terminal(tmp_path / "x", "--max_new_tokens", "4096")
+    pid, ask = terminal(tmp_path / "x", "--max_new_tokens", "4096")
     ask("Hi\n", "xxxx")
-    assert ask("\x03", r"\(stopped.*\r\n> ").count("x") < 4096 and child.poll() is None
+    assert ask("\x03", r"\(stopped.*\r\n> ").count("x") < 4096
     assert "unknown command /dance" in ask("/dance\n")
-    ask("\x04", "")
-    assert child.wait(60) == 0
+    ask("\n", "")
+    assert ended(pid) == 0
 
 
-@pytest.mark.parametrize("first, end, status", [("/new\n", "\n", 0), ("/system SSSS\n", "\x03", 130)])
-def test_a_full_context_says_what_goes_and_an_empty_line_or_ctrl_c_ends(tmp_path, first, end, status):
-    """Turns are forgotten in pairs once the context of 64 is full, said each time, and not after /new."""
+def test_a_full_context_says_what_goes_and_ctrl_c_at_the_prompt_ends(tmp_path):
+    """Once the context of 64 is full early turns go in pairs, which each turn says, and /new does not; status 130."""
     letters_model(tmp_path / "a", seed=4)
-    child, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
-    ask(first)
-    said = [ask(f"{number}2345678\n") for number in range(6)]
-    forgotten = ["(no room for the 2 oldest messages; they are forgotten)" in text for text in said]
-    assert forgotten[:2] == [False] * 2 and forgotten[3:] == [True] * 3
+    pid, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
+    ask("/system SSSS\n")
+    said = [re.findall(r"no room for the (\d) oldest", ask(f"{number}2345678\n")) for number in range(5)]
+    assert said[:2] == [[], []] and said[3:] == [["2"], ["4"]]
     ask("/new\n")
     assert "no room" not in ask("92345678\n")
-    ask(end, "")
-    assert child.wait(60) == status
+    ask("\x03", "")
+    assert ended(pid) == 130

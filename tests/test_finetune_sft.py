@@ -1,7 +1,5 @@
 """Instruction fine-tuning: masks, batches, answers, scores and judge, each against something computed separately."""
 
-import dataclasses
-import hashlib
 import http.server
 import io
 import json
@@ -9,8 +7,6 @@ import math
 import os
 import random
 import re
-import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,8 +17,7 @@ import torch.nn.functional as F
 
 import finetune_sft as sft
 import gpt
-import train
-from data import collate, epoch_order, format_prompt, format_response, prompt_of, split
+from data import collate, format_prompt, format_response, prompt_of
 from tokenizer import BPETokenizer
 
 ANIMALS = "fox hen cat dog owl pig cow bee ant bat rat elk emu ape cod eel jay kid ram yak".split()
@@ -139,21 +134,6 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted(work, tokenizer, capsys
     assert f"{report['train']['dropped']} dropped" in capsys.readouterr().err
 
 
-def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
-    """The order is a permutation that depends on seed and epoch alone, and saves most of the padding."""
-    rng = random.Random(0)
-    sizes = torch.tensor([rng.randrange(5, 60) for _ in range(1003)])
-    first, again, second = (sft.order_by_length(sizes, 16, 1234, epoch) for epoch in (0, 0, 1))
-    assert sorted(first.tolist()) == list(range(1003)) and torch.equal(first, again) and not torch.equal(first, second)
-    padding = {}
-    for name, order in (("by length", first), ("random", epoch_order(1003, 1234, 0))):
-        lengths = sizes[order[:992]].view(-1, 16)
-        padding[name] = 1 - (lengths.sum() / (lengths.max(1).values * 16).sum()).item()
-    assert padding["by length"] < 0.16 and 0.35 < padding["random"] < 0.6
-    means = sizes[first[:992]].view(-1, 16).float().mean(1)
-    assert abs(torch.corrcoef(torch.stack([means, torch.arange(62.0)]))[0, 1]) < 0.4  # not from short to long
-
-
 # --- losses
 
 
@@ -188,14 +168,8 @@ def test_the_head_reads_the_counted_positions_only(tokenizer):
     ids, targets = batch(sft.encode_entries(entries(12), tokenizer, "plain", 48), tokenizer, 48)
     sft.response_loss(model.hidden, model.out_head, ids, targets)
     assert rows == [(targets != gpt.IGNORE).sum().item()] and rows[0] < targets.numel() / 2
-    none = sft.response_loss(model.hidden, model.out_head, *batch([([0, 0], [0, 0])], tokenizer, 48))  # a rank without rows
+    none = sft.response_loss(model.hidden, model.out_head, *batch([([0, 0], [0, 0])], tokenizer, 48))  # no rows
     assert none.item() == 0 and gradients(model, none).abs().sum() == 0
-
-
-def test_accumulation_weighs_tokens_and_changes_nothing_but_rounding(work):
-    """Batches of 8 in one, three and eight parts of unequal token counts end with the same validation loss."""
-    losses = [tune("--max_steps", 4, "--accumulate", n, "--fresh")["val_loss"] for n in (1, 3, 8)]
-    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=2e-5)
 
 
 # --- responses
@@ -220,9 +194,11 @@ def test_batched_answers_equal_single_ones_in_the_order_asked(tokenizer):
     assert sft.respond(model, tokenizer, asked, max_new_tokens=6, batch_size=7) == expected
     assert len(set(expected)) > 1
     assert sft.respond(model, tokenizer, [prompt_of(asked[0])], max_new_tokens=6) == expected[:1]
+    once, again, other = (sft.respond(model, tokenizer, asked, "plain", 6, 6, 1.0, seed) for seed in (1, 1, 2))
+    assert once == again != other
 
 
-def test_a_response_ends_at_the_end_of_text(tokenizer, monkeypatch):
+def test_a_response_ends_at_the_end_of_text(tokenizer):
     """A model whose head favours one token: the response is that token n times; favours the end: it is empty."""
     model = small_model(tokenizer)
     cat = tokenizer.encode("cat")[0]
@@ -232,28 +208,16 @@ def test_a_response_ends_at_the_end_of_text(tokenizer, monkeypatch):
         model.out_head.weight.data.zero_()
         model.out_head.weight.data[favourite] = 1.0
         assert sft.answer(model, tokenizer, [{"prompt": "x"}], "plain", 5) == [(expected, ended)]
-    original, limits = gpt.generate, []
-    monkeypatch.setattr(gpt, "generate", lambda model, ids, n, *rest, **named: limits.append(n) or original(
-        model, ids, n, *rest, **named))
-    sft.respond(model, tokenizer, ["x"], max_new_tokens=1000)
-    assert limits == [24]  # at most half the context of 48
-
-
-def test_sampled_answers_depend_on_the_seed_alone(tokenizer):
-    """At temperature 1 the same seed repeats every answer; another differs."""
-    model, asked = small_model(tokenizer), entries(20)
-    once, again, other = (sft.respond(model, tokenizer, asked, max_new_tokens=6, batch_size=6, temperature=1.0, seed=s)
-                          for s in (1, 1, 2))
-    assert once == again != other
+    model.out_head.weight.data[tokenizer.eot_id] = 0.0
+    model.out_head.weight.data[cat] = 1.0
+    assert sft.respond(model, tokenizer, ["x"], max_new_tokens=1000) == [tokenizer.decode([cat]) * 24]  # half of 48
 
 
 # --- scores
 
 
 def test_intervals_have_their_published_and_their_expected_values():
-    """Wilson's for 0 and 5 of 10 and for 81 of 263 (Newcombe 1998); that of a mean is 1.96 standard errors wide."""
-    assert sft.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert sft.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    """Wilson's for 81 of 263 (Newcombe 1998); that of a mean is 1.96 standard errors wide."""
     assert sft.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     torch.manual_seed(0)
     values = (torch.randn(400) * 2 + 50).tolist()
@@ -312,7 +276,7 @@ def test_a_run_learns_and_writes_what_it_promises(work, capsys):
                                              "summary.json"]
     answers = json.loads(Path("out/sft/responses.json").read_text(encoding="utf-8"))
     assert len(answers) == 6 == summary["questions"]
-    assert {"instruction", "input", "reference", "response", "ended"} <= set(answers[0])
+    assert set(answers[0]) == {"prompt", "reference", "response", "ended"}
     assert sum(a["response"] == a["reference"] for a in answers) / 6 == summary["exact_match"]
     _, _, info = gpt.load_checkpoint("out/sft/model.safetensors")
     assert info["template"] == "plain" and info["kind"] == "gpt" and info["stage"] == "sft"
@@ -321,135 +285,37 @@ def test_a_run_learns_and_writes_what_it_promises(work, capsys):
     assert f"exact match {summary['exact_match']:.1%}" in shown.out and "nearest training example" in shown.out
 
 
+def test_the_books_file_is_divided_as_in_the_book(real_data):
+    """1,100 entries: 935 to train on, 55 for validation, 110 for the test."""
+    config = sft.Config(data=str(real_data("instruction-data.json")))
+    assert [len(part) for part in sft.load_entries(config, "train", "val", "test")] == [935, 55, 110]
+
+
 def test_the_same_prompt_is_never_in_two_parts(work):
     """Thirty prompts, each asked twice with other answers: no prompt of the test is in training."""
     write("mine.json", [{**entry, "output": f"{n}"} for n in range(2) for entry in entries(30)])
-    parts = sft.load_entries(sft.Config(data="mine.json"), 123, "train", "val", "test")
+    parts = sft.load_entries(sft.Config(data="mine.json"), "train", "val", "test")
     prompts = [{prompt_of(entry) for entry in part} for part in parts]
     assert sum(map(len, parts)) == 60 and not prompts[0] & prompts[1] and not (prompts[0] | prompts[1]) & prompts[2]
 
 
-def test_a_files_own_keys_are_no_kinds_of_question(work):
-    """Lists and flags under "kind" and "unseen" in a user's file neither end a run nor change its scores; words do."""
-    write("mine.json", [{**entry, "kind": ["a", "b"], "unseen": True} for entry in entries()])
-    summary = tune("--max_steps", 1)
-    assert summary["questions"] == 6 and summary["exact_match_by_kind"] == {}
-    write("mine.json", [{**entry, "kind": "say", "unseen": i % 2} for i, entry in enumerate(entries())])
-    summary = tune("--max_steps", 1, "--fresh")
-    assert summary["questions"] == 6 and list(summary["exact_match_by_kind"]) == ["say"]
-
-
-def test_the_defaults_depend_on_the_kind_of_training(work):
+def test_the_defaults_depend_on_the_kind_of_training():
     """AdamW at 6e-4 for a small model, Muon at 8e-3 where asked for, adapters at 5e-3, 5e-5 from GPT-2's size on."""
-    for flags, expected in (((), ("adamw", 6e-4)), (("--optimizer", "muon"), ("muon", 8e-3)),
-                            (("--lora_rank", 2), ("adamw", 5e-3)), (("--learning_rate", 0.01), ("adamw", 0.01))):
-        config = tune("--max_steps", 1, "--fresh", *flags)["config"]
-        assert (config["optimizer"], config["learning_rate"]) == expected
-    large = sft.default_rate("train", sft.Config(init="gpt2"))
-    assert large == {"optimizer": "adamw", "learning_rate": 5e-5}
-    assert sft.default_rate("train", sft.Config(init="gpt2", lora_rank=8))["learning_rate"] == 2e-4
-
-
-def digest(folder="out/sft"):
-    """Return a sha256 over the weights in state.pt and the best model's, or the adapter's, data."""
-    found = hashlib.sha256()
-    state = torch.load(f"{folder}/state.pt", weights_only=True)
-    for name in sorted(state["model"]):
-        found.update(name.encode() + gpt.tensor_bytes(state["model"][name].contiguous()))
-    files = [path for path in (f"{folder}/model.safetensors", f"{folder}/adapter/adapter_model.safetensors")
-             if Path(path).exists()]
-    return found.hexdigest(), [gpt.read_safetensors(path)[1]["data_sha256"] for path in files]
-
-
-def stopped_and_resumed(flags, stop_at, stop_after):
-    """Run until after step `stop_at`, be stopped by SIGTERM, resume to the end."""
-    with stop_after(stop_at):
-        tune(*flags, "--resume", status=128 + signal.SIGTERM)
-    return tune(*flags, "--resume")
-
-
-@pytest.mark.parametrize("extra, stops", [([], (1, 7, 10, 13)), (["--lora_rank", 4], (1, 10)),
-                                          (["--optimizer", "adamw", "--accumulate", 3], (9,))])
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(work, stop_after, extra, stops):
-    """Stopped after step 1, 7 (epoch end), 10 (after an evaluation) and 13, then resumed, with dropout."""
-    flags = ["--max_steps", 14, "--epochs", 9, "--eval_every", 5, "--save_every", 4, "--drop_rate", 0.1, *extra]
-    summary = tune(*flags)
-    expected = digest()
-    os.rename("out/sft", "out/whole")
-    for stop_at in stops:
-        again = stopped_and_resumed(flags, stop_at, stop_after)
-        assert digest() == expected and again["perplexity"] == summary["perplexity"], stop_at
-        os.rename("out/sft", f"out/stopped{stop_at}")
-
-
-def test_a_resume_at_another_place_in_the_data_is_seen(work, monkeypatch, stop_after):
-    """The control of the test above: where the order of examples differs after the stop, the bits do too."""
-    flags = ["--max_steps", 14, "--epochs", 9, "--save_every", 4]
-    tune(*flags)
-    expected = digest()
-    os.rename("out/sft", "out/whole")
-    original = sft.order_by_length
-
-    with stop_after(6):
-        tune(*flags, status=128 + signal.SIGTERM)
-    monkeypatch.setattr(sft, "order_by_length", lambda *given: original(*given).flip(0))
-    tune(*flags, "--resume")
-    assert digest() != expected
+    for options, expected in (({}, 6e-4), ({"optimizer": "muon"}, 8e-3), ({"lora_rank": 2}, 5e-3),
+                              ({"init": "gpt2"}, 5e-5), ({"init": "gpt2", "lora_rank": 8}, 2e-4)):
+        assert sft.default_rate("train", sft.Config(**options))["learning_rate"] == expected
 
 
 @pytest.mark.slow
 def test_compiled_training_runs_compiled_code_to_the_same_losses(work, monkeypatch):
-    """With --compile no block runs as plain Python in a training step, though answers were generated before; without
-    it each does. The backend only traces, so that no C++ compiler is needed."""
-    real, plain, counts = torch.compile, gpt.TransformerBlock.forward.__code__, []
-    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, backend="eager", **given))
-    update, losses, calls, blocks = sft.set_learning_rate, {}, [0], 5
-
-    def counted(*given):
-        counts.append(calls[0])
-        calls[0] = 0
-        return update(*given)
-
-    def watch(frame, event, arg):
-        calls[0] += event == "call" and frame.f_code is plain
-
-    monkeypatch.setattr(sft, "set_learning_rate", counted)
-    model, tokenizer, _ = gpt.load_checkpoint("base.safetensors")
-    deep = gpt.GPTModel(dataclasses.replace(model.config, n_layers=blocks))
-    gpt.save_checkpoint("base.safetensors", deep, tokenizer)
+    """With --compile each step runs compiled graphs, also behind an evaluation, to the losses of plain training. The
+    backend only counts, so that no C++ compiler is needed."""
+    real, calls, losses = torch.compile, [], {}
+    backend = lambda graph, inputs: lambda *given: calls.append(1) or graph(*given)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda function, **given: real(function, backend=backend, **given))
     for flag in ("--accumulate=1", "--compile"):
-        calls[0] = 0
-        sys.setprofile(watch)
-        try:
-            losses[flag] = tune("--max_steps", 6, "--eval_every", 0, flag, "--fresh")["val_loss"]
-        finally:
-            sys.setprofile(None)
-    assert counts[1:6] == [blocks] * 5 and counts[8:] == [0] * 4, counts  # the first steps compile
-    assert losses["--compile"] == pytest.approx(losses["--accumulate=1"], abs=1e-5)
-
-
-def test_a_run_that_was_killed_shows_each_sample_once(work, monkeypatch):
-    """Killed between an evaluation and the save behind it, then resumed: each sample stands in the log once."""
-    def samples():
-        rows = [json.loads(line) for line in open("out/sft/metrics.jsonl", encoding="utf-8")]
-        return [(row["step"], row["sample"]) for row in rows if "sample" in row]
-
-    flags = ["--max_steps", 4, "--eval_every", 2, "--save_every", 0]
-    tune(*flags)
-    whole, looks = samples(), []
-
-    def killed(stop):
-        looks.append(stop)
-        if len(looks) == 2:
-            raise OSError("the power went")
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Stop, "__bool__", killed)
-        tune(*flags, "--fresh", status=1)
-    assert [step for step, _ in samples()] == [0, 2]
-    tune(*flags, "--resume")
-    assert samples() == whole and [step for step, _ in whole] == [0, 2, 4]
+        losses[flag] = tune("--max_steps", 6, "--eval_every", 3, flag, "--fresh")["val_loss"]
+    assert len(calls) >= 6 and losses["--compile"] == pytest.approx(losses["--accumulate=1"], abs=1e-5)
 
 
 def test_adapters_train_alone_and_end_up_merged(work):
@@ -475,29 +341,8 @@ def test_adapters_train_alone_and_end_up_merged(work):
 # --- the other commands
 
 
-def test_equal_questions_keep_their_own_references(tokenizer):
-    """Each of two entries with one prompt is held against its own output."""
-    asked = [{"instruction": "Say it.", "input": "", "output": output} for output in ("one", "two")]
-    config = sft.Config(max_new_tokens=4)
-    rows, figures = sft.score_model("base", small_model(tokenizer), tokenizer, asked, "plain", config)
-    assert [row["reference"] for row in rows] == ["one", "two"] and rows[0]["response"] == rows[1]["response"]
-    assert figures["questions"] == 2
-
-
-def test_one_prompt_and_a_chat_give_the_same_answers(work, capsys, monkeypatch, tokenizer):
-    """`respond --prompt` and a line of `chat` print what the model answers, empty lines between them or not; with stdin
-    closed, chat says so."""
-    model, prompts = gpt.load_checkpoint("base.safetensors")[0], ["Repeat the word fox.", "Say it twice: yak\\nat once"]
-    expected = [answer_alone(model, tokenizer, {"prompt": prompt.replace("\\n", "\n")}, 8) for prompt in prompts]
-    for prompt, text in zip(prompts, expected):
-        assert sft.main(["respond", *ANSWER, "--prompt", prompt]) == 0
-        assert capsys.readouterr().out.strip() == text
-    said = []
-    for between in ("\n", "\n\n"):
-        monkeypatch.setattr("sys.stdin", io.StringIO(between.join(prompts)))
-        assert sft.main(["chat", *ANSWER]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0].split("\n")[0].strip() == expected[0].split("\n")[0] and said[1] == said[0]
+def test_chat_says_that_stdin_is_closed(work, capsys, monkeypatch):
+    """One line that names the way to ask without a terminal, whether stdin is None or closed."""
     closed = io.StringIO()
     closed.close()
     for stdin in (None, closed):
@@ -506,38 +351,15 @@ def test_one_prompt_and_a_chat_give_the_same_answers(work, capsys, monkeypatch, 
 
 
 def test_evaluate_prints_the_scores_of_both_models(work, capsys):
-    """Exact match, perplexity and share ended of the tuned model beside those of its start; --out has its rows."""
-    tune("--epochs", 12, "--learning_rate", "0.01", "--warmup_steps", 5)
+    """Exact match, perplexity and share ended of the tuned model beside those of its start, as the run had them."""
+    summary = tune("--epochs", 12, "--learning_rate", "0.01", "--warmup_steps", 5)
     capsys.readouterr()
-    argv = ["evaluate", *FLAGS[:2], "--max_new_tokens", "8"]
-    assert sft.main([*argv, "--out", "answers/r.json"]) == 0
+    assert sft.main(["evaluate", *FLAGS[:2], "--max_new_tokens", "8"]) == 0
     shown = capsys.readouterr().out
-    summary = json.loads(Path("out/sft/summary.json").read_text(encoding="utf-8"))
     tuned, start = re.findall(r"^(\S+): exact match ([\d.]+)% .* perplexity ([\d.]+), ended", shown, re.MULTILINE)
     assert tuned[0] == "out/sft/model.safetensors" and start[0] == "base.safetensors"
     assert tuned[1] == f"{100 * summary['exact_match']:.1f}"
     assert float(tuned[2]) == pytest.approx(summary["perplexity"], abs=0.006) and float(start[2]) > float(tuned[2])
-    rows = json.loads(Path("answers/r.json").read_text(encoding="utf-8"))
-    assert rows == json.loads(Path("out/sft/responses.json").read_text(encoding="utf-8"))
-    check_error(capsys, [*argv, "--out", "answers/r.json"], 2, "answers/r.json", "exists")
-    assert sft.main([*argv, "--against", "none"]) == 0
-    assert "base.safetensors" not in capsys.readouterr().out
-
-
-def test_a_checkpoint_is_never_tested_on_what_it_was_trained_on(work, capsys):
-    """evaluate takes the split that the checkpoint was tuned with; another model with another split is noted."""
-    tune("--max_steps", 1, "--split_seed", 7)
-    assert sft.main(["evaluate", *FLAGS[:2], "--max_new_tokens", "4", "--against", "none", "--out", "r.json"]) == 0
-    asked = {prompt_of(row) for row in json.loads(Path("r.json").read_text(encoding="utf-8"))}
-    parts = split(entries(), seed=7, group=prompt_of)
-    assert asked == set(map(prompt_of, parts[2])) != set(map(prompt_of, split(entries(), seed=123, group=prompt_of)[2]))
-    os.rename("out/sft", "out/seven")
-    tune("--max_steps", 1)
-    for against, noted in (("out/seven/model.safetensors", True), ("base.safetensors", False)):
-        capsys.readouterr()
-        assert sft.main(["evaluate", *FLAGS[:2], "--max_new_tokens", "4", "--against", against]) == 0
-        shown = capsys.readouterr().err
-        assert (f"note: {against} was tuned with another --split_seed" in shown) is noted
 
 
 # --- the judge
@@ -554,10 +376,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        for piece in content if isinstance(content, list) else [content]:
-            self.wfile.write(piece)
-            self.wfile.flush()
-            time.sleep(0.05 if isinstance(content, list) else 0)
+        self.wfile.write(content)
 
     def log_message(self, *args):
         pass
@@ -601,20 +420,16 @@ def says(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("reply, score", [
-    ("85", "85"), (" 0\n", "0"), ("100", "100"), ("Score: 7", "7"), ("<think>50? no</think>\n90", "90"),
-    ("7 or 8", None), ("NaN", None), ("-5", None), ("101", None), ("", None), ("100. Ignore the rubric", None),
-    ("9.5", None), ("85/100", None), ("\uff19", None), ("<think>50", None), ("I would say 80", None),
-    ("hm\n</think>\n\n85", "85"), ("<think>a</think> 20 <think>b</think>30", "30"), ("85 <think>sure?</think>", None)])
-def test_a_grade_is_read_strictly(says, reply, score):
-    """A whole number from 0 to 100 and nothing else behind the last </think>; else it is missing, never guessed."""
-    assert says(reply, sft.SCORE) == score
-
-
-def test_a_choice_is_read_strictly(says):
-    """A, B or tie, and nothing else."""
-    replies = ("A", " b.\n", "TIE", "A or B", "Answer A", "", "C", "<think>A</think>B", "hm</think>B")
-    assert [says(reply, sft.CHOICE) for reply in replies] == ["a", "b", "tie", None, None, None, None, "b", "b"]
+def test_grades_and_choices_are_read_strictly(says):
+    """A whole number from 0 to 100; A, B or tie; nothing else behind the last </think>, else it is missing."""
+    grades = {"85": "85", " 0\n": "0", "100": "100", "Score: 7": "7", "<think>50? no</think>\n90": "90",
+              "<think>a</think> 20 <think>b</think>30": "30"}
+    for reply in ("7 or 8", "NaN", "-5", "101", "", "100. Ignore the rubric", "9.5", "85/100", "\uff19", "<think>50",
+                  "I would say 80", "85 <think>sure?</think>"):
+        grades[reply] = None
+    assert {reply: says(reply, sft.SCORE) for reply in grades} == grades
+    replies = ("A", " b.\n", "TIE", "A or B", "Answer A", "", "C", "hm</think>B")
+    assert [says(reply, sft.CHOICE) for reply in replies] == ["a", "b", "tie", None, None, None, None, "b"]
 
 
 def test_both_kinds_of_server_are_asked_in_their_own_words(server):
@@ -644,17 +459,6 @@ def test_a_reply_that_makes_no_sense_is_missing(server, suffix):
         assert ask(server.url + suffix, "Grade this.") == ""
 
 
-def test_good_grades_are_kept_whatever_the_prompt_looks_like(server):
-    """A cached prompt (0 or 1 tokens evaluated), many bytes per token and few: only done_reason tells a cut reply."""
-    for prompt, count in (("word " * 800, 0), ("word " * 800, 1), ("\u0928\u092e\u0938\u094d\u0924\u0947 " * 300, 340),
-                          ("-" * 3000, 190)):
-        server.script = lambda path, body, n: (200, {}, ollama("50", prompt_eval_count=count))
-        assert ask(server.url, prompt) == "50"
-    cached = json.dumps({**json.loads(openai("50")), "usage": {"prompt_tokens": 1}}).encode()
-    server.script = lambda path, body, n: (200, {}, cached)
-    assert ask(server.url + "/v1", "word " * 800) == "50"
-
-
 def test_parameters_that_a_server_refuses_are_left_out(server):
     """Its message names them: each costs one more request, of the first question only; other refusals say why."""
     newer = {"max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model.",
@@ -670,9 +474,6 @@ def test_parameters_that_a_server_refuses_are_left_out(server):
     judge = sft.open_judge(server.url + "/v1", "new")
     assert sft.ask_judge(judge, "x") == "70" and len(server.seen) == 3
     assert sft.ask_judge(judge, "y") == "70" and len(server.seen) == 4 and server.seen[3][1]["seed"] == 123
-    mistral = b'{"object":"error","message":{"detail":[{"type":"extra_forbidden","loc":["body","seed"]}]}}'
-    server.script = lambda path, body, n: (422, {}, mistral) if "seed" in body else (200, {}, openai("8"))
-    assert ask(server.url + "/v1") == "8"
     server.script = lambda path, body, n: (400, {}, b'{"error": {"message": "your plan\nhas \x1b[31mended"}}')
     with pytest.raises(OSError, match="HTTP status 400.*your plan") as caught:
         ask(server.url + "/v1")
@@ -683,7 +484,7 @@ def test_busy_servers_are_asked_again_and_refusals_are_not(server):
     """500 and 429 three times, then an answer; 401, 404 and a redirect end at once with what to do."""
     for status in (500, 503, 429, 408):
         server.seen.clear()
-        server.script = lambda path, body, n: (200, {}, ollama("9")) if n == 4 else (status, {"Retry-After": "0"}, b"")
+        server.script = lambda path, body, n: (200, {}, ollama("9")) if n == 4 else (status, {}, b"")
         assert ask(server.url) == "9" and len(server.seen) == 4
     server.script = lambda path, body, n: (500, {}, b"")
     with pytest.raises(OSError, match="HTTP status 500"):
@@ -697,32 +498,11 @@ def test_busy_servers_are_asked_again_and_refusals_are_not(server):
         assert len(server.seen) == 1
 
 
-def test_a_busy_server_says_how_long_to_wait(server, monkeypatch):
-    """Retry-After is obeyed up to a minute."""
-    slept = []
-    monkeypatch.setattr(sft.time, "sleep", slept.append)
-    for after, pause in (("7", 7), ("99999", 60), ("soon", 0)):
-        server.seen.clear(), slept.clear()
-        server.script = lambda path, body, n: (200, {}, ollama("9")) if n == 2 else (429, {"Retry-After": after}, b"")
-        assert ask(server.url) == "9" and max(slept) == pause
-
-
-def test_a_server_that_drips_or_hangs_is_given_up_in_time(server):
-    """A byte every 0.05 s would pass any pause between bytes; the whole exchange has a limit, and words of its own."""
-    for content in ([b" "] * 400, [b"", *[b""] * 60]):
-        server.script = lambda path, body, n: (200, {}, content)
-        clock = time.monotonic()
-        with pytest.raises(OSError, match="no reply from the judge.*longer than 0.4 s.*being loaded") as caught:
-            ask(server.url, timeout=0.4)
-        assert time.monotonic() - clock < 10 and "ollama serve" not in str(caught.value)
-
-
-def test_a_cold_model_has_five_minutes(server, monkeypatch):
-    """The first reply of a large model that is being loaded comes after two minutes and more."""
-    limits = []
-    monkeypatch.setattr(sft, "post_json", lambda judge, body, timeout: limits.append(timeout) or (200, 0, "{}"))
-    ask(server.url)
-    assert limits == [300]
+def test_a_server_that_hangs_is_given_up_in_time(server):
+    """One line that names the address and the limit."""
+    server.script = lambda path, body, n: (200, {"X": time.sleep(2)}, b"")
+    with pytest.raises(OSError, match="no reply from the judge at http://127.*within 0.4 s.*ollama serve"):
+        ask(server.url, timeout=0.4)
 
 
 def test_a_judge_counts_what_is_missing_and_bounds_it(server, capsys):
@@ -743,20 +523,20 @@ def test_a_judge_counts_what_is_missing_and_bounds_it(server, capsys):
     assert share["mean"] == 0.625 and share["bounds"] == pytest.approx((0.5, 0.7)) and share["missing"] == 1
 
 
-def test_a_judge_that_dies_leaves_the_scores(work, server, capsys):
-    """Away after seven grades, a third of them garbage: status 1 in one line, below the scores; then all is well."""
+def test_a_judge_that_dies_leaves_the_scores(work, server, capsys, monkeypatch):
+    """Away after seven replies, a third of them garbage: status 1 in one line, below the scores; then all is well."""
     answer = lambda n: ollama("what?" if n % 3 == 0 else str(n))  # noqa: E731
     server.script = lambda path, body, n: (200, {}, answer(n)) if n <= 7 else (503, {}, b"")
-    argv = ["evaluate", *FLAGS[:2], *ANSWER, "--against", "none", "--split", "all", "--judge", server.url,
-            "--judge_examples", "20"]
+    argv = ["evaluate", *FLAGS[:2], *ANSWER, "--against", "none", "--split", "all", "--judge", server.url]
     assert sft.main(argv) == 1
     shown = capsys.readouterr()
     assert "HTTP status 503" in shown.err and server.url in shown.err and "base.safetensors: exact match" in shown.out
     server.seen.clear()
+    monkeypatch.setattr(sft, "JUDGED", 20)
     server.script = lambda path, body, n: (200, {}, answer(n))
     assert sft.main(argv) == 0
     assert len({body["messages"][0]["content"] for _, body, _ in server.seen}) == len(server.seen) >= 20
-    assert re.search(r"judge's grade of base.safetensors: [\d.]+ \[", capsys.readouterr().out)
+    assert re.search(r"judge's grade of base.safetensors: [\d.]+ \[.* of 20 replies", capsys.readouterr().out)
 
 
 def test_a_judge_with_a_favourite_place_prefers_nobody(server):
@@ -794,32 +574,17 @@ def test_the_key_reaches_the_server_and_nothing_else(work, server, capsys, monke
     monkeypatch.setenv("JUDGE_API_KEY", canary)
     tune("--max_steps", 3)
     server.script = lambda path, body, n: (200, {}, openai(f"{canary}" if n % 4 == 0 else "55"))
-    argv = ["evaluate", *FLAGS[:2], "--max_new_tokens", "4", "--judge", server.url + "/v1", "--out", "r.json"]
+    argv = ["evaluate", *FLAGS[:2], "--max_new_tokens", "4", "--judge", server.url + "/v1"]
     assert sft.main(argv) == 0
     assert all(headers["Authorization"] == f"Bearer {canary}" for _, _, headers in server.seen)
     server.script = lambda path, body, n: (401, {}, f"bad key {canary}".encode())
-    assert sft.main(argv[:-2]) == 1
+    assert sft.main(argv) == 1
+    monkeypatch.setenv("JUDGE_API_KEY", f"{canary}\r{canary}")  # no header can hold it
+    assert sft.main(argv) == 1
     shown = capsys.readouterr()
     assert "judge's grade of out/sft/model.safetensors" in shown.out and "HTTP status 401" in shown.err
     assert canary not in shown.out + shown.err and "***" in shown.err
-    files = [path for path in work.rglob("*") if path.is_file()]
-    assert any(path.name == "r.json" for path in files)
-    assert all(canary.encode() not in path.read_bytes() for path in files)
-
-
-def test_a_damaged_key_is_shown_to_nobody(work, server, capsys, monkeypatch):
-    """A line end around a key comes off; a key that no header can hold is refused before any answer, unseen."""
-    server.script = lambda path, body, n: (200, {}, openai("55"))
-    monkeypatch.setenv("JUDGE_API_KEY", "sk-canary\r\n")
-    assert ask(server.url + "/v1") == "55" and server.seen[0][2]["Authorization"] == "Bearer sk-canary"
-    argv = ["evaluate", *FLAGS[:2], *ANSWER, "--against", "none", "--judge", server.url + "/v1"]
-    for key in ("sk-can\rary", "sk-canary two", "sk-can\u0661ary", "sk-can\x00ary".replace("\x00", "\x7f")):
-        monkeypatch.setenv("JUDGE_API_KEY", key)
-        capsys.readouterr()
-        assert sft.main(argv) == 1
-        shown = capsys.readouterr()
-        assert "API key" in shown.err and "sk-can" not in shown.err + shown.out and "exact match" not in shown.out
-    assert len(server.seen) == 1
+    assert all(canary.encode() not in path.read_bytes() for path in work.rglob("*") if path.is_file())
 
 
 def test_a_key_is_not_sent_in_the_open_nor_to_strangers(monkeypatch):
@@ -836,25 +601,6 @@ def test_a_key_is_not_sent_in_the_open_nor_to_strangers(monkeypatch):
     for address in ("http://example.org/v1", "http://localhost.example.org", "HTTP://127.0.0.1.nip.io/v1"):
         with pytest.raises(ValueError, match="https"):
             sft.open_judge(address)
-
-
-# --- real data
-
-
-def test_real_instructions_are_learned_from(real_data, work, capsys):
-    """The book's 1,100 entries, 935 / 55 / 110 of them: the losses fall and the responses are written."""
-    flags = ["--data", str(real_data("instruction-data.json")), "--init", "base.safetensors", "--template", "plain",
-             "--max_steps", "60", "--batch_size", "16", "--learning_rate", "0.01", "--warmup_steps", "5",
-             "--max_new_tokens", "8", "--eval_every", "30"]
-    assert sft.main(flags) == 0
-    rows = [json.loads(line) for line in open("out/sft/metrics.jsonl", encoding="utf-8")]
-    losses = {key: [row[key] for row in rows if key in row] for key in ("loss", "val_loss")}
-    assert losses["val_loss"][0] > losses["val_loss"][1] > losses["val_loss"][2]
-    assert losses["loss"][-1] < losses["loss"][0] - 0.3
-    assert len(json.loads(Path("out/sft/responses.json").read_text(encoding="utf-8"))) == 110
-    counts = json.loads(Path("out/sft/summary.json").read_text(encoding="utf-8"))["data_report"]
-    assert [counts[part]["examples"] for part in ("train", "val", "test")] == [935, 55, 110]
-    assert counts["train"]["dropped"] > 0  # this little model's context is short
 
 
 # --- what a user can get wrong
@@ -875,10 +621,8 @@ def test_entries_that_cannot_be_used_are_refused_or_counted(work, capsys):
     good = entries(40)
     cases = [([*good[:7], {"instruction": "x"}], ("mine.json[7]", "'output'")),
              ([*good[:3], {"instruction": 5, "output": "x"}], ("mine.json[3]", "'instruction'")),
-             ([{"instruction": "x", "output": ["x"]}], ("mine.json[0]", "'output'")),
-             ([{"instruction": "x", "input": 7, "output": "x"}], ("mine.json[0]", "'input'")),
              ({"instruction": "x", "output": "y"}, ("list",)), ([], ("empty",)), (["x"], ("mine.json[0]",)),
-             (good[:2], ("part", "empty")), ([{**entry, "output": " "} for entry in good], ("part", "empty")),
+             (good[:2], ("give more prompts",)), ([{**entry, "output": " "} for entry in good], ("give more prompts",)),
              ([{**entry, "instruction": f"{i} " + "owl dog " * 50} for i, entry in enumerate(good)], ("context",))]
     for content, words in cases:
         write("mine.json", content)
@@ -904,21 +648,16 @@ def test_mistakes_get_one_line(work, capsys, tokenizer):
         (["train", "--data", "mine.json"], 1, "make it with: python train.py"),
         (["train", *FLAGS, "--init", "cls.safetensors"], 1, "classifier"),
         (["train", *FLAGS, "--init", "mute.safetensors"], 1, "without a tokenizer"),
-        (["train", *FLAGS, "--init", "mine.json"], 1, "mine.json"),
         (["train", *FLAGS, "--template", "vicuna"], 2, "--template"),
         (["train", *FLAGS, "--lora_rank", "33"], 2, "rank"), (["train", *FLAGS, "--lora_rank", "-1"], 2, "lora_rank"),
         (["train", *FLAGS, "--lora_rank", "2", "--lora_targets", "c_attn"], 2, "qkv"),
         (["train", *FLAGS, "--context_length", "64"], 1, "48 positions"),
-        (["train", *FLAGS, "--batch_size", "0"], 2, "batch_size"),
         (["train", *FLAGS, "--bach_size", "4"], 2, "--batch_size"),
         (["train", *FLAGS, "--epochs", "0"], 2, "--max_steps"), (["trian", *FLAGS], 2, "unknown command"),
-        (["train", *FLAGS, "--seeds", "3"], 2, "seed"), (["chat", "--judge", "ollama"], 2, "--judge"),
-        (["train", *FLAGS, "--learning_rate", "nan"], 2, "learning_rate"),
-        (["respond"], 1, "python finetune_sft.py"), ([*asked, "--temperature", "-1"], 2, "temperature"),
+        (["chat", "--judge", "ollama"], 2, "--judge"), (["respond"], 1, "python finetune_sft.py"),
         ([*asked, "--data", "tinyworld", "--split", "all"], 1, "all"),
-        ([*asked, "--out", "odd.json"], 2, "odd.json exists"),
         (["chat", "--checkpoint", "none.safetensors"], 1, "none.safetensors"),
-        ([*asked, "--checkpoint", "odd.json"], 1, "odd.json"), ([*asked, "--against", "odd.json"], 1, "odd.json"),
+        ([*asked, "--against", "odd.json"], 1, "odd.json"),
         ([*judged, "ftp://x"], 2, "--judge"), ([*judged, "localhost:11434"], 2, "--judge"),
         ([*judged, "http://me:secret@localhost"], 2, "without a user name"), ([*judged, "http://x:port"], 2, "--judge"),
         ([*judged, "http://127.0.0.1:9"], 1, "ollama serve"), ([*judged, "http://127.0.0.1:9/v1"], 1, "127.0.0.1:9")]
@@ -926,15 +665,3 @@ def test_mistakes_get_one_line(work, capsys, tokenizer):
         check_error(capsys, argv, status, word)
     assert sft.main([*judged, "http://me:secret@localhost"]) == 2 and "secret" not in capsys.readouterr().err
     assert not Path("out/sft/model.safetensors").exists() and not Path("out/sft/state.pt").exists()
-    assert json.loads(Path("odd.json").read_text(encoding="utf-8")) == {"no": "list"}
-
-
-def test_an_existing_run_is_never_overwritten(work, capsys):
-    """Without --resume or --fresh exit 2 and no byte changes; a finished run resumed is 0."""
-    tune("--max_steps", 3)
-    before = {path: path.read_bytes() for path in Path("out/sft").iterdir() if path.name != ".lock"}
-    check_error(capsys, ["train", *FLAGS, "--max_steps", 3], 2, "--resume", "--fresh")
-    check_error(capsys, ["train", *FLAGS, "--max_steps", 3, "--resume", "--no-mask_prompt"], 2,
-                "mask_prompt: saved True, given False")
-    assert tune("--max_steps", 3, "--resume")["steps"] == 3
-    assert {path: path.read_bytes() for path in before} == before

@@ -117,7 +117,7 @@ INPUTS = table("""
 53 judge with status 401, 404, 429, 500 -> finetune_sft::busy_servers_are_asked_again_and_refusals_are_not
 54 judge that answers nonsense -> finetune_sft::a_reply_that_makes_no_sense_is_missing
     finetune_sft::a_judge_counts_what_is_missing_and_bounds_it
-55 grade that is no grade -> finetune_sft::a_grade_is_read_strictly
+55 grade that is no grade -> finetune_sft::grades_and_choices_are_read_strictly
 56 response that instructs the judge -> finetune_sft::no_response_can_leave_its_fence
 57 equal rewards, batch of one -> ppo_on_one_response_with_one_reward_stays_finite rlhf::mistakes_get_one_line
 58 reward or loss that is not finite -> a_gradient_that_is_not_finite_stops_before_the_update
