@@ -11,7 +11,7 @@ As a library it works alone; with tokenizer.py beside it, checkpoints return the
     ids = generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=20, temperature=0.8, top_p=0.95)
 
 Shapes: B batch, T time (tokens), C channels (emb_dim), H heads, D = C / H head size, V vocabulary. `by_steps` writes
-out what a fused `forward` computes. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+out what a fused `forward` computes. Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 """
 
 import argparse
@@ -132,9 +132,7 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D), the S - T earlier positions in front
-        causal = allowed is None
-        if x.shape[1] == 1:  # a single new token may see everything before it
-            causal = False
+        causal = allowed is None and not x.shape[1] == 1  # a single new token sees everything before it
         dropout = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # heads joined: (B, H, T, D) -> (B, T, C)
@@ -216,8 +214,8 @@ class GPTModel(nn.Module):
     def hidden(self, ids, mask=None, cache=None):
         """Return the last layer's normalized states (B, T, C), which the head turns into logits.
 
-        `mask` (B, T) is 1 for a token and 0 for padding, at any place. With a cache, `ids` are the new tokens alone and
-        `mask` covers the earlier ones too. Raises ValueError where the text is longer than the context."""
+        `mask` (B, T) is 1 for a token, 0 for padding. With a cache, `ids` are the new tokens alone, and `mask` covers
+        the earlier ones too. Raises ValueError for a text longer than the context."""
         T, past = ids.shape[1], 0 if cache is None else cache.length
         length = past + T
         if length > self.config.context_length:  # without `require`: torch.compile would compile for every length
@@ -256,18 +254,6 @@ def empty_model(config, classes=0, device="cpu"):
     return model
 
 
-@torch.no_grad()
-def attention_maps(model, ids):
-    """Return the attention weights of every layer of a model in eval mode, a list of (B, H, T, T), by the steps."""
-    x, maps = model.embed(ids, torch.arange(ids.shape[1], device=ids.device)), []
-    for block in model.trf_blocks:
-        attended, weights = block.attn.by_steps(block.ln1(x))
-        x = x + attended
-        x = x + block.ffn(block.ln2(x))
-        maps.append(weights)
-    return maps
-
-
 def token_logprobs(logits, ids, temperature=1.0):
     """Return log-probabilities in nats, entry t that of ids[:, t + 1]: logits (B, T, V), ids (B, T) -> (B, T - 1)."""
     logprobs = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
@@ -277,14 +263,16 @@ def token_logprobs(logits, ids, temperature=1.0):
 # Generation -----------------------------------------------------------------------------------------------------------
 
 
-def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty):
-    """Raise ValueError for a decoding option outside its range."""
+def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens=0, num_samples=1):
+    """Raise ValueError for an option outside its range."""
+    require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    require(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
     require(temperature == 0 or 1e-6 <= temperature < math.inf, f"temperature must be 0 or >= 1e-6, not {temperature}")
     require(top_k is None or 1 <= top_k <= vocab_size, f"top_k must lie between 1 and {vocab_size}, not {top_k}")
     require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
     require(min_p is None or 0 <= min_p <= 1, f"min_p must lie between 0 and 1, not {min_p}")
-    penalty = 1 if repetition_penalty is None else repetition_penalty
-    require(0 < penalty < math.inf, f"repetition_penalty must be above 0 (1 = off), not {penalty}")
+    require(repetition_penalty is None or 0 < repetition_penalty < math.inf,
+            f"repetition_penalty must be above 0 (1 = off), not {repetition_penalty}")
 
 
 def penalize_repetition(logits, ids, penalty):
@@ -296,8 +284,8 @@ def penalize_repetition(logits, ids, penalty):
 def sampling_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """Return the probabilities that sampling draws from: logits (B, V) -> (B, V), temperature above 0.
 
-    Temperature comes first, then top-k (Fan et al. 2018), top-p (Holtzman et al. 2020: the fewest tokens that together
-    reach p) and min-p (Nguyen et al. 2024: at least min_p times the highest). Of equal ones the lower id stays."""
+    In this order: temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020: the fewest tokens that together
+    reach p), min-p (Nguyen et al. 2024: at least min_p times the highest). Of equal ones the lower id stays."""
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     if top_k is None and top_p is None and not min_p:
         return probs
@@ -313,32 +301,15 @@ def sampling_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_
     return probs / probs.sum(dim=-1, keepdim=True)
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
-    """Return one token id per row: logits (B, V) -> (B,). Temperature 0 takes the most likely token."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = sampling_probabilities(logits, temperature, top_k, top_p, min_p)
-    return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
-
-
-def check_prompts(model, ids, mask, max_new_tokens, num_samples):
-    """Raise ValueError unless `generate` can continue the prompts `ids` (B, T) with this `mask`."""
-    require(torch.is_tensor(ids) and ids.dim() == 2 and ids.dtype in (torch.int32, torch.int64) and ids.shape[1] > 0,
-            "prompts are token ids in a tensor (B, T) of int64, not empty; for one prompt: torch.tensor([ids])")
-    require(max_new_tokens >= 0 and num_samples >= 1, f"not {max_new_tokens=} >= 0 and {num_samples=} >= 1")
-    size, wrong = model.config.vocab_size, ids[(ids < 0) | (ids >= model.config.vocab_size)].tolist()
-    require(not wrong, f"the prompts hold the ids {wrong[:5]}; the model knows 0 to {size - 1}")
-    require(mask is None or mask.shape == ids.shape and mask.device == ids.device and bool((mask[:, -1] == 1).all()),
-            "mask needs the prompts' shape and device, and 1 in its last column: padding is on the left")
-
-
 @torch.no_grad()
 def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
                    repetition_penalty=None, eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
     """Yield the next token of every row, (B * num_samples,), step by step; arguments as in `generate`."""
-    check_prompts(model, ids, mask, max_new_tokens, num_samples)
-    check_sampling(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty)
-    (B, T), context = ids.shape, model.config.context_length
+    (B, T), context, V = ids.shape, model.config.context_length, model.config.vocab_size
+    check_sampling(V, temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, num_samples)
+    require(T > 0 and bool(((ids >= 0) & (ids < V)).all()), f"prompts need a token at least, and ids from 0 to {V - 1}")
+    fits = mask is None or mask.shape == ids.shape and bool((mask[:, -1] == 1).all())
+    require(fits, "mask needs the prompts' shape, and 1 in its last column: padding is on the left")
     mask = None if mask is None or bool((mask == 1).all()) else mask.long()
     cache = KVCache(model.config, B, min(context, T + max_new_tokens), ids.device, model.pos_emb.weight.dtype)
     done = torch.zeros(B * num_samples, dtype=torch.bool, device=ids.device)
@@ -358,7 +329,11 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
             if repetition_penalty not in (None, 1):
                 said = ids if mask is None else torch.where(mask == 1, ids, ids[:, -1:])  # padding is not text
                 logits = penalize_repetition(logits, said, repetition_penalty)
-            next_ids = sample(logits, temperature, top_k, top_p, min_p, generator)
+            if temperature == 0:
+                next_ids = logits.argmax(dim=-1)
+            else:
+                probs = sampling_probabilities(logits, temperature, top_k, top_p, min_p)
+                next_ids = torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
             next_ids = torch.where(done, ids[:, -1] if eos_id is None else eos_id, next_ids)
             ids = torch.cat([ids, next_ids[:, None]], dim=1)
             mask = None if mask is None else F.pad(mask, (0, 1), value=1)
@@ -378,10 +353,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
              eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
     """Return the prompts followed by up to `max_new_tokens` tokens: ids (B, T) -> (B * num_samples, T + n).
 
-    Temperature 0 is greedy. Prompts of unequal length are padded on the left, `mask` (B, T) is 1 for their tokens. A
-    row ends with `eos_id`, or where `stop(new_ids: list) -> bool` is true; after its end it holds `eos_id` (its last
-    token, where there is none), and n shrinks when all rows have ended. The samples of a prompt stand side by side.
-    Text longer than the context continues from the last window. ValueError for prompts or options out of range."""
+    Temperature 0 is greedy. Shorter prompts are padded on the left, with `mask` (B, T) 0 there. A row ends with
+    `eos_id`, or where `stop(new_ids: list) -> bool` is true, and then repeats `eos_id` (else its last token) until all
+    have ended. Beyond the context only the last window is seen. ValueError for prompts or options out of range."""
     new = list(generate_steps(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id,
                               mask, stop, generator, num_samples))
     ids = ids.repeat_interleave(num_samples, dim=0)
@@ -391,8 +365,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def stream_text(decode, new_ids, stop_strings=()):
     """Yield the text of token ids piece by piece as they come, never half a character and nothing of a stop string.
 
-    A token can end inside a character, which decodes to U+FFFD until its other bytes arrive. What can be the start of a
-    stop string waits, too."""
+    A token can end inside a character, which decodes to U+FFFD until its other bytes arrive."""
     ids, sent, text = [], 0, ""
     starts = [string[:n] for string in stop_strings for n in range(1, len(string))]
     for next_id in new_ids:
@@ -413,18 +386,16 @@ def stream_text(decode, new_ids, stop_strings=()):
 class Int8Linear(nn.Module):
     """A linear layer for inference on an x86 CPU with int8 weights, about 1% off: (..., in) -> (..., out).
 
-    A row of the weight is rounded to multiples of its largest entry / 127, a row of the input to multiples of its
-    largest / 63 (without VNNI two products must fit into 16 bits) and what that leaves to multiples of a 126th of it:
-    rounding once would double the error, and one large value, as GPT-2's have, would drown the others."""
+    A row of the weight is rounded to multiples of its largest entry / 127. A row of the input is rounded twice, to
+    multiples of its largest / 63 (two products must fit into 16 bits) and the rest to a 126th of that: rounded once,
+    one large value, as GPT-2's have, would drown the others."""
 
     def __init__(self, linear):
         super().__init__()
         weight, self.bias = linear.weight.detach(), linear.bias
         scales = torch.linalg.vector_norm(weight, math.inf, dim=1).clamp(min=1e-30) / 127
-        zeros = torch.zeros(len(weight), dtype=torch.int64)
-        rows = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+        rows = torch.quantize_per_channel(weight, scales.double(), torch.zeros(len(weight)).long(), 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rows, None)
-        self(weight[:1])  # fails where this processor has no such product
 
     @torch.no_grad()
     def forward(self, x):
@@ -441,24 +412,21 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def int8_linears(model):
-    """Return the model with its linear layers in int8, changed in place, for generation on a CPU, not for training.
-
-    The token embedding becomes float16. Where int8 is not to be had (Arm, a GPU) a note says so and nothing changes."""
+    """Return the model, now with linear layers in int8 and its embedding in float16; as it was on Arm or a GPU."""
     backend, engine = torch.backends.quantized, torch.backends.quantized.engine
-    try:
-        backend.engine = "fbgemm"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch 2.13: tensors of the type qint8 may go in a later version
-            for module in list(model.modules()):
-                for name, layer in module.named_children():
-                    if type(layer) is nn.Linear:
-                        setattr(module, name, Int8Linear(layer))
-        if isinstance(model, GPTModel):
-            model.tok_emb.half()
-    except (RuntimeError, AttributeError) as error:
-        print(f"note: no int8 here, so weights stay in float32 ({explain(error)[:60]})", file=sys.stderr)
-    finally:
-        backend.engine = engine
+    if "fbgemm" not in backend.supported_engines or next(model.parameters()).device.type != "cpu":
+        print("note: int8 needs an x86 CPU, so weights stay in float32", file=sys.stderr)
+        return model
+    backend.engine = "fbgemm"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13: tensors of the type qint8 may go in a later version
+        for module in list(model.modules()):
+            for name, layer in module.named_children():
+                if type(layer) is nn.Linear:
+                    setattr(module, name, Int8Linear(layer))
+    backend.engine = engine
+    if isinstance(model, GPTModel):
+        model.tok_emb.half()
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what `keep_freed_memory` keeps of the old weights
     return model
@@ -514,10 +482,6 @@ def file_sha256(path, start=0):
     return digest.hexdigest()
 
 
-def _json_sha256(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def tensor_bytes(tensor):
     """Return the memory of a contiguous CPU tensor as a buffer, without a copy."""
     buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
@@ -535,7 +499,8 @@ def write_safetensors(path, tensors, metadata=None):
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         digest.update(tensor_bytes(tensor))
     metadata = {"format": "pt", **(metadata or {}), "data_sha256": digest.hexdigest()}
-    header["__metadata__"] = {**metadata, "metadata_sha256": _json_sha256(metadata)}
+    metadata_sha256 = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    header["__metadata__"] = {**metadata, "metadata_sha256": metadata_sha256}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned and can be mapped
     with replacing(path) as file:
@@ -545,16 +510,10 @@ def write_safetensors(path, tensors, metadata=None):
     return digest.hexdigest()
 
 
-def _unique(pairs):
-    require(len(dict(pairs)) == len(pairs), "a name occurs twice")
-    return dict(pairs)
-
-
 def read_safetensors(path):
     """Return ({name: tensor}, metadata) of a safetensors file, the tensors mapped from disk, not read.
 
-    They are views of private memory: writing to them never changes the file. Raises ValueError with the path and the
-    rule that a malformed file breaks; no memory is allocated because a header says so."""
+    Writing to them never changes the file. ValueError gives the path and the rule that a malformed file breaks."""
     size, tensors, offset = os.path.getsize(path), {}, 0
     try:
         with open(path, "rb") as file:
@@ -563,12 +522,11 @@ def read_safetensors(path):
                     f"not a safetensors file: it has {size} bytes and its header would have {length}")
             text = file.read(length).decode()
         require(text.startswith("{"), "it does not start with '{'")
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text)
         metadata, data_size = header.pop("__metadata__", {}), size - 8 - length
         require(all(type(value) is str for value in metadata.values()), "__metadata__ must map strings to strings")
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).untyped_storage()[8 + length :]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            require(set(entry) == {"dtype", "shape", "data_offsets"}, f"tensor {name!r} has unknown or missing fields")
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             require(dtype in DTYPES, f"tensor {name!r} has the unknown dtype {dtype!r}")
             require(len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)),
@@ -578,7 +536,6 @@ def read_safetensors(path):
                     f"tensor {name!r}: {dtype} {shape} does not fit {end - begin} of {data_size} bytes")
             # A storage of its own, because a view must be aligned, and the data of OpenAI's published GPT-2 is not.
             piece = torch.asarray(data[begin:end], dtype=torch.uint8)
-            require(dtype != "BOOL" or not bool((piece > 1).any()), f"tensor {name!r}: a BOOL is neither 0 nor 1")
             tensors[name], offset = piece.view(DTYPES[dtype]).view(shape), end
         require(offset == data_size, f"it describes {offset} bytes of data, the file holds {data_size}")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -588,18 +545,14 @@ def read_safetensors(path):
 
 
 def distinct_tensors(model):
-    """Return {name: tensor} of a model's state without tensors that share an earlier one's memory (a tied head)."""
-    first = {}
-    for name, tensor in model.state_dict().items():
-        first.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
-    return dict(first.values())
+    """Return {name: tensor} of a model's parameters and buffers, a shared one (a tied head) once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def save_checkpoint(path, model, tokenizer=None, **info):
     """Return the sha256 of the data after writing model, config and tokenizer to one safetensors file.
 
-    `model` is any module with a `config`, compiled or not; `info` (JSON values) says how it was trained. Raises
-    ValueError for adapters that are not merged and for int8 weights."""
+    `info` (JSON values) says how it was trained. ValueError for adapters that are not merged and for int8 weights."""
     model, info = getattr(model, "_orig_mod", model), {"kind": "gpt", **info}
     tensors = distinct_tensors(model)
     require(not any(name.endswith("lora_A") for name in tensors), f"{path}: adapters not merged; call lora.merge_lora")
@@ -622,17 +575,16 @@ def _load_tokenizer(source):
 def read_checkpoint(path):
     """Return (tensors, config, tokenizer or None, info) from a file of `save_checkpoint`, verified by its hashes.
 
-    Raises FileNotFoundError, or ValueError for a folder and for a file that is damaged, is no checkpoint, or describes
-    a model larger than its data. Files of the first edition have `made` for `info`."""
-    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it, or: python gpt2_weights.py import "
-                                     f"--source {path}, python lora.py merge --adapter {path}")
+    Raises FileNotFoundError, or ValueError with what is wrong. Files of the first edition have `made` for `info`."""
+    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it, or run gpt2_weights.py import")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; make one with: python train.py")
     tensors, metadata = read_safetensors(path)
     require("config" in metadata, f"{path} is not one of our checkpoints; gpt2_weights.py import reads others")
     start = os.path.getsize(path) - sum(tensor.nbytes for tensor in tensors.values())
-    intact = metadata.pop("metadata_sha256", "") == _json_sha256(metadata)
-    require(intact and metadata.get("data_sha256") == file_sha256(path, start),
+    noted = metadata.pop("metadata_sha256", ""), metadata.get("data_sha256")
+    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest(), file_sha256(path, start)
+    require(noted == found,
             f"{path} is damaged: its sha256 is not the one in its header; restore a copy or train again")
     try:
         config = GPTConfig(**json.loads(metadata["config"]))
@@ -648,9 +600,7 @@ def read_checkpoint(path):
 
 @torch.no_grad()
 def copy_weights(model, tensors, path):
-    """Return `model` with named tensors copied in; ValueError, and nothing copied, unless all names and shapes fit.
-
-    Of tensors that share memory the second may be missing (a tied head)."""
+    """Return `model` with named tensors copied in (a tied head may be missing), or ValueError and nothing copied."""
     wanted = distinct_tensors(model)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(model.state_dict()))
     require(not missing and not extra, f"{path}: missing tensors {missing[:3]}, unknown tensors {extra[:3]}")
@@ -666,9 +616,7 @@ def copy_weights(model, tensors, path):
 
 
 def load_checkpoint(name_or_path, device="cpu"):
-    """Return (model in eval mode, tokenizer or None, info) of a checkpoint file, or of a GPT-2 name such as "gpt2".
-
-    A classifier's `out_head` takes the shape that the file has. Errors as in `read_checkpoint` and `copy_weights`."""
+    """Return (model in eval mode, tokenizer or None, info) of a file or a GPT-2 name; ValueError if it does not fit."""
     name = str(name_or_path)
     if name in GPT_CONFIGS and name != "tiny":
         from gpt2_weights import load_gpt2
@@ -747,9 +695,7 @@ def guarded(function, *args, debug=False):
 
 
 def run(doc, commands, argv=None, file=__file__):
-    """Run `script.py [command] [flags]` and return its exit status, as `guarded` does.
-
-    `commands` maps a word, the first being the default, to (function, {flag: argparse options})."""
+    """Return the exit status of `script.py [command] [flags]`; `commands` is {word: (function, {flag: options})}."""
     argv, script = list(sys.argv[1:] if argv is None else argv), f"python {os.path.basename(file)}"
 
     def parse_and_call():
@@ -772,13 +718,11 @@ def run(doc, commands, argv=None, file=__file__):
 
 
 def pick_device(name):
-    """Return the torch device for a name or for "auto" (cuda, then mps, then cpu); raises ArgumentError if absent."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind, there in available.items() if there)
+    """Return the torch device of a name, or for "auto" an accelerator, else the CPU; raises ArgumentError if absent."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        probe = torch.zeros(1, device=kind if name == "auto" else name)
-        probe.item()  # fails on "meta"
-        return probe.device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentError(None, f"--device {name} is not available here; use --device cpu") from None
 
@@ -793,10 +737,9 @@ def check_utf8(*words):
 def generate_command(args):
     """Continue a prompt, token by token on the screen as they are drawn."""
     try:
-        check_sampling(sys.maxsize, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-        for name, low in (("max_new_tokens", 0), ("num_samples", 1), ("seed", 0)):
-            value = getattr(args, name)
-            require(low <= value < 2**63, f"{name} must be at least {low} and below 2^63, not {value}")
+        check_sampling(sys.maxsize, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                       args.max_new_tokens, args.num_samples)
+        require(0 <= args.seed < 2**63, f"seed must be at least 0 and below 2^63, not {args.seed}")
     except ValueError as error:
         raise argparse.ArgumentError(None, f"--{error}") from None
     check_utf8(args.prompt, *args.stop)
@@ -810,33 +753,26 @@ def generate_command(args):
     top_k = args.top_k and min(args.top_k, model.config.vocab_size)
     generator = torch.Generator(device=model.device).manual_seed(args.seed)
     prompt, before = torch.tensor([ids], device=model.device), len(tokenizer.decode(ids))
-    for number in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- {number + 1} of {args.num_samples}")
+    for _ in range(args.num_samples):
         print(args.prompt, end="", flush=True)
         steps = generate_steps(model, prompt, args.max_new_tokens, args.temperature, top_k, args.top_p, args.min_p,
                                args.repetition_penalty, tokenizer.eot_id, generator=generator)
         new_ids = (int(step) for step in steps if int(step) != tokenizer.eot_id)
         for piece in stream_text(lambda new: tokenizer.decode(ids + new)[before:], new_ids, args.stop):
             print(piece, end="", flush=True)
-        print()
-
-
-def count_parameters(config):
-    """Return the number of parameters; a tied head counts once."""
-    return sum(parameter.numel() for parameter in empty_model(config, device="meta").parameters())
+        print("\n" if args.num_samples > 1 else "")
 
 
 def info_command(args):
     """Print the layers, parameters, memory and work of a model."""
-    config = load_checkpoint(args.checkpoint)[0].config if args.checkpoint else GPT_CONFIGS[args.model]
-    print(f"{args.checkpoint or args.model}: {config}\n\n{empty_model(config, device='meta')}\n")
+    config = GPT_CONFIGS[args.model] if args.model in GPT_CONFIGS else read_checkpoint(args.model)[1]
+    print(f"{args.model}: {config}\n\n{empty_model(config, device='meta')}\n")
     print(f"{'':<14}{'parameters':>14}{'MB':>10}{'training GB':>13}{'cache KB/token':>16}{'GFLOP/token':>13}")
     for name, size in {"this model": config, "gpt2, no bias": GPTConfig(), **GPT_CONFIGS}.items():
         C, V, L, T = size.emb_dim, size.vocab_size, size.n_layers, size.context_length
-        count, cache = count_parameters(size), 2 * 4 * L * C
+        count = sum(parameter.numel() for parameter in empty_model(size, device="meta").parameters())
         flops = 2 * (12 * L * C * C + V * C) + 4 * L * C * T  # Kaplan et al. 2020, 2.1; training: three times
-        print(f"{name:<14}{count:>14,}{count * 4 / 2**20:>10,.2f}{count * 16 / 1e9:>13.2f}{cache / 1e3:>16.1f}"
+        print(f"{name:<14}{count:>14,}{count * 4 / 2**20:>10,.2f}{count * 16 / 1e9:>13.2f}{8 * L * C / 1e3:>16.1f}"
               f"{flops / 1e9:>13.3f}")
     print("MB = 2^20 bytes in float32; training = weights, gradients and Adam's two moments, without activations")
 
@@ -845,10 +781,14 @@ def inspect_command(args):
     """Print the three tokens that each token of a text attends to most, mean over the heads."""
     check_utf8(args.prompt)
     model, tokenizer, _ = load_language_model(args.checkpoint)
-    ids, context, layers = tokenizer.encode(args.prompt), model.config.context_length, model.config.n_layers
-    require(0 < len(ids) <= context, f"--prompt has {len(ids)} tokens; 1 to {context} fit")
+    ids, layers, seen = tokenizer.encode(args.prompt), model.config.n_layers, []
+    require(ids, "--prompt is empty")
     require(-layers <= args.layer < layers, f"--layer {args.layer}: there are 0 to {layers - 1}, and -1 for the last")
-    weights = attention_maps(model, torch.tensor([ids]))[args.layer][0].mean(dim=0)  # (T, T)
+    attention = model.trf_blocks[args.layer].attn
+    attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+        weights = attention.by_steps(seen[0])[1][0].mean(dim=0)  # (T, T)
     pieces = [repr(tokenizer.decode([i])) for i in ids]
     for t, piece in enumerate(pieces):
         share, order = weights[t].topk(min(3, t + 1))
@@ -874,8 +814,7 @@ def main(argv=None):
             "--seed": dict(type=int, default=1234, help="equal seeds draw equal texts"),
             "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps")}),
         "info": (info_command, {
-            "--model": dict(default="gpt2", choices=list(GPT_CONFIGS), help="an architecture"),
-            "--checkpoint": dict(help="the model in this file instead")}),
+            "--model": dict(default="gpt2", help=f"one of {', '.join(GPT_CONFIGS)}, or a checkpoint file")}),
         "inspect": (inspect_command, {
             "--checkpoint": checkpoint,
             "--prompt": dict(default="Tom has a red ball and Mia has a blue one.", help="the text to look at"),

@@ -10,11 +10,10 @@
     export_gpt2(model, "out/hf", tokenizer)              AutoModelForCausalLM.from_pretrained("out/hf") reads it
     export_gguf(model, "out/model.gguf", tokenizer)      llama_cpp.Llama("out/model.gguf") reads it
 
-The sizes are gpt2 (124M parameters), gpt2-medium (355M), gpt2-large (774M) and gpt2-xl (1558M). Two formats are read:
-Hugging Face's (config.json with model.safetensors, or with the files that its index names) and OpenAI's TensorFlow
-checkpoint (hparams.json, model.ckpt.index, model.ckpt.data-00000-of-00001), but never a pickle. Downloads go to
-$DATA_DIR/gpt2/gpt2/ (DATA_DIR is data/ unless set), from huggingface.co (or $HF_ENDPOINT) at a pinned revision, else
-from OpenAI to gpt2/124M/ there; their sha256 is checked at every load by name. Source: github.com/openai/gpt-2.
+The sizes are gpt2, gpt2-medium, gpt2-large and gpt2-xl. Two formats are read, Hugging Face's (config.json with
+model.safetensors or an index) and OpenAI's TensorFlow checkpoint (hparams.json, model.ckpt.*), but never a pickle.
+Downloads go to $DATA_DIR/gpt2/ (data/gpt2/), from huggingface.co (or $HF_ENDPOINT) at a pinned revision, else from
+OpenAI; their sha256 is checked at every load by name. Source: github.com/openai/gpt-2.
 """
 
 import argparse
@@ -73,28 +72,19 @@ def renamed(name, names=NAMES):
     return name
 
 
-def from_openai_name(name):
-    """Return Hugging Face's name for a tensor of OpenAI's: model/h3/attn/c_attn/w -> h.3.attn.c_attn.weight."""
-    name = re.sub(r"^h(\d+)/", r"h.\1/", name.removeprefix("model/")).replace("/", ".")
-    return re.sub(r"\.b$", ".bias", re.sub(r"\.[wg]$|(?<=^w[tp]e)$", ".weight", name))
-
-
 def our_tensors(model, tensors, source):
-    """Return {our name: tensor}, views of tensors under Hugging Face's names; ValueError names what does not fit."""
+    """Return {our name: tensor}, views of tensors under others' names; ValueError for a missing or unknown one."""
     config, ours = model.config, {}
     left = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     if config.tie_weights and "lm_head.weight" in left:
         left.setdefault("wte.weight", left["lm_head.weight"])  # safetensors keeps either name of a shared matrix
-    for name, target in model.state_dict().items():
+    for name in model.state_dict():
         theirs = renamed(name)
         tensor, turned = left.pop(theirs, None), theirs.endswith(TURNED)
         if theirs == "lm_head.weight" and config.tie_weights:
             continue  # the same matrix once more
         require(tensor is not None, f"{source}: no tensor {theirs!r}")
-        found, wanted = tuple(tensor.shape), tuple(target.shape[::-1] if turned else target.shape)
-        require(found == wanted, f"{source}: tensor {theirs!r} has the shape {found}, the config wants {wanted}"
-                + " (in x out)" * turned)
-        ours[name] = tensor.t() if turned else tensor
+        ours[name] = tensor.t() if turned and tensor.dim() == 2 else tensor
     for name, tensor in left.items():
         zeros = name.endswith("c_attn.bias") and not tensor.any()  # an export of ours has them where there is no bias
         require(zeros and not config.qkv_bias, f"{source}: unknown tensor {name!r}")
@@ -217,18 +207,15 @@ def read_json(path):
 
 
 def weight_files(path):
-    """Return {file: its tensors' names, or None for all} of a file, an index or a folder with one of the known names.
-
-    Raises ValueError for a pickle, which can run any code when it is read, FileNotFoundError where there is nothing."""
+    """Return {file: its tensors' names, or None for all} of a file, an index or a folder; ValueError for a pickle."""
     if path.is_dir():
         known = ("model.safetensors", "model.safetensors.index.json", "hparams.json", "*.bin", "*.pt*")
         path = next((file for name in known for file in sorted(path.glob(name))), path)
     if not path.is_file():
-        raise FileNotFoundError(f"no GPT-2 weights at {path}; name a folder with model.safetensors, its index or "
-                                f"OpenAI's hparams.json, or one of {', '.join(PUBLISHED)}")
+        raise FileNotFoundError(f"no GPT-2 weights at {path}; name a folder or file, or one of {', '.join(PUBLISHED)}")
     require(path.suffix not in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
-            f"{path} is a pickle, which can run code when it is read; run: python gpt2_weights.py get, or convert it: "
-            f"transformers.AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('new')")
+            f"{path} is a pickle, which can run code when it is read; run: python gpt2_weights.py get, or convert it "
+            "with transformers' save_pretrained")
     if not path.name.endswith(".index.json"):
         return {path: None}
     value, files = read_json(path), {}
@@ -248,8 +235,10 @@ def read_gpt2(path, config=None):
     if first.suffix == ".index" or first.name == "hparams.json":
         found, values = read_tf_checkpoint(path if path.suffix == ".index" else described.parent)
         described = described.with_name("hparams.json")
-        for name, tensor in found.items():
-            tensors[from_openai_name(name)] = tensor.squeeze(0) if tensor.dim() == 3 else tensor  # (1, in, out) there
+        for name, tensor in found.items():  # model/h3/attn/c_attn/w -> h.3.attn.c_attn.weight
+            name = re.sub(r"^h(\d+)/", r"h.\1/", name.removeprefix("model/")).replace("/", ".")
+            name = re.sub(r"\.b$", ".bias", re.sub(r"\.[wg]$|(?<=^w[tp]e)$", ".weight", name))
+            tensors[name] = tensor.squeeze(0) if tensor.dim() == 3 else tensor  # (1, in, out) there
     else:
         for file, names in files.items():
             found, metadata = read_safetensors(file)
@@ -311,9 +300,9 @@ def verify_gpt2(folder, name):
 
 
 def download_gpt2(name):
-    """Return the folder with the weights of a published size, downloaded from Hugging Face's host, else from OpenAI.
+    """Return the folder of a published size, downloaded from Hugging Face, else OpenAI; OSError says what to put where.
 
-    The sha256 of each file is noted beside it. Raises OSError that says which file to put where."""
+    The sha256 of each file is noted beside it."""
     from data import download
     published, problems = PUBLISHED[name], []
     host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -361,17 +350,6 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_conf
                    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def hf_config(config, eot_id):
-    """Return the content of config.json; "qkv_bias" is a word of ours, which others ignore."""
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "float32",
-            "vocab_size": config.vocab_size, "n_positions": config.context_length, "n_ctx": config.context_length,
-            "n_embd": config.emb_dim, "n_layer": config.n_layers, "n_head": config.n_heads,
-            "activation_function": "gelu" if config.exact_gelu else "gelu_new", "layer_norm_epsilon": 1e-5,
-            "resid_pdrop": config.drop_rate, "embd_pdrop": config.drop_rate, "attn_pdrop": config.drop_rate,
-            "bos_token_id": eot_id, "eos_token_id": eot_id, "tie_word_embeddings": config.tie_weights,
-            "qkv_bias": config.qkv_bias}
-
-
 def token_names(tokenizer):
     """Return the text of every id of a byte-pair tokenizer as GPT-2's files write it, "Ġthe"; all are different."""
     from tokenizer import BYTE_NAMES, BYTES
@@ -414,21 +392,26 @@ def export_tokenizer(tokenizer, folder, context_length, chat_template=None):
 def export_gpt2(model, folder, tokenizer=None, chat_template=None):
     """Write `model` as Hugging Face stores GPT-2: config, weights and, with a byte-pair `tokenizer`, its files.
 
-    transformers' AutoModelForCausalLM.from_pretrained(folder) computes the same logits, load_gpt2(folder) returns the
-    same bits. ValueError for a folder with another model's tokenizer, because transformers would load that too."""
-    folder, tensors, eot_id = Path(folder), {}, None
+    ValueError for a folder with another model's tokenizer, because transformers would load that too."""
+    folder, config, tensors, eot_id = Path(folder), model.config, {}, None
     for name, tensor in exported_tensors(model, NAMES, tokenizer).items():
         tensor = tensor.t() if name.endswith(TURNED) else tensor
         tensors[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
     stale = [name for name in TOKENIZER_FILES[4 * (tokenizer is not None) :] if (folder / name).exists()]
-    require(not stale, f"{folder} holds {', '.join(stale)} of another export, which would be loaded with this model; "
-            "move it away or name another folder")
+    require(not stale, f"{folder} holds {', '.join(stale)} of another export; move it away or name another folder")
     if tokenizer is not None:
-        export_tokenizer(tokenizer, folder, model.config.context_length, chat_template)
+        export_tokenizer(tokenizer, folder, config.context_length, chat_template)
         eot_id = tokenizer.eot_id
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id})
-    write_json(folder / "config.json", hf_config(model.config, eot_id))
+    write_json(folder / "config.json", {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "float32",
+        "vocab_size": config.vocab_size, "n_positions": config.context_length, "n_ctx": config.context_length,
+        "n_embd": config.emb_dim, "n_layer": config.n_layers, "n_head": config.n_heads,
+        "activation_function": "gelu" if config.exact_gelu else "gelu_new", "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": config.drop_rate, "embd_pdrop": config.drop_rate, "attn_pdrop": config.drop_rate,
+        "bos_token_id": eot_id, "eos_token_id": eot_id, "tie_word_embeddings": config.tie_weights,
+        "qkv_bias": config.qkv_bias})  # a field of ours, which others ignore
 
 
 # Export to GGUF, the one file that llama.cpp and Ollama run -----------------------------------------------------------
@@ -549,16 +532,6 @@ def window_loss(model, ids, length=256):
     return sum(losses) / len(losses)
 
 
-def self_test(model, tokenizer, name, text):
-    """Yield (part, loss, target, passed) of the-verdict; where no loss is published, that of gpt2 is the limit."""
-    cut, losses = int(0.9 * len(text)), PUBLISHED[name].losses
-    targets = losses or PUBLISHED["gpt2"].losses
-    for part, words, target in zip(("train", "validation"), (text[:cut], text[cut:]), targets):
-        loss = window_loss(model, tokenizer.encode(words))
-        passed = abs(loss - target) < 1e-3 if losses else loss < target
-        yield part, loss, f"{'' if losses else 'below '}{target}", passed
-
-
 def get_command(args):
     """Download the weights of a published size, unless they are there."""
     _, folder = locate_gpt2(args.model)
@@ -596,27 +569,30 @@ def export_command(args):
     template = chat_template(info["template"]) if "template" in info else None
     if gguf:
         export_gguf(model, args.out, tokenizer, args.dtype or "f16", template)
-        gelu = "; llama.cpp takes GELU's tanh form for the exact one" if model.config.exact_gelu else ""
-        print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB{gelu}")
+        print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")
         return
     if tokenizer is not None and tokenizer.type not in ("bpe", "gpt2"):
         print(f"note: its {tokenizer.type} tokenizer is left out, GPT-2 knows only byte pairs", file=sys.stderr)
         tokenizer = None
     export_gpt2(model, args.out, tokenizer, template)
-    zeros = "" if model.config.qkv_bias else "; the model has no query/key/value bias, zeros are written"
-    print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}{zeros}")
+    print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}")
 
 
 def check_command(args):
-    """Load a published size and compare its losses with the published ones."""
+    """Load a published size and compare its losses on the-verdict with the published ones."""
     from tokenizer import load_tokenizer
-    verdict, status = gpt2_root().parent / "the-verdict.txt", 0
+    verdict, losses, status = gpt2_root().parent / "the-verdict.txt", PUBLISHED[args.model].losses, 0
     if not find_gpt2(args.model) or not verdict.is_file():
         raise FileNotFoundError(f"could not check, {verdict.parent} lacks a file; run: python gpt2_weights.py get "
                                 f"--model {args.model} and python data.py get verdict")
-    model, text = load_gpt2(args.model), verdict.read_text(encoding="utf-8")
-    for part, loss, target, passed in self_test(model, load_tokenizer("gpt2"), args.model, text):
-        print(f"{'pass' if passed else 'FAIL'}  loss on the-verdict, {part} part: {loss:.4f}, published: {target}")
+    model, tokenizer, text = load_gpt2(args.model), load_tokenizer("gpt2"), verdict.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    targets = losses or PUBLISHED["gpt2"].losses
+    for part, words, target in zip(("train", "validation"), (text[:cut], text[cut:]), targets):
+        loss = window_loss(model, tokenizer.encode(words))
+        passed = abs(loss - target) < 1e-3 if losses else loss < target  # a larger model must be better than gpt2
+        print(f"{'pass' if passed else 'FAIL'}  loss on the-verdict, {part} part: {loss:.4f}, published: "
+              f"{'' if losses else 'below '}{target}")
         status = status if passed else 1
     return status
 

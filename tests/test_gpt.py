@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 
 import gpt
 import lora
+from data import tinyworld
 from gpt import GPTConfig, GPTModel, KVCache, MultiHeadAttention, generate
 from tokenizer import CharTokenizer
 
@@ -28,8 +28,6 @@ SMALL = GPTConfig(vocab_size=50, context_length=16, emb_dim=32, n_heads=4, n_lay
 # The six-word sentence of the notes' attention chapter, one 3-dimensional embedding a word.
 SENTENCE = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64],
                          [0.22, 0.58, 0.33], [0.77, 0.25, 0.10], [0.05, 0.80, 0.55]])
-DRAWN = [0.0074891, 0.02224737, -0.00737734, -0.01365683, -0.00170046, 0.0153718, -0.0003668, 0.00927837, 0.08560425,
-         0.21916258]  # some weights of SMALL with seed 0 as the first edition drew them, and the two numbers after them
 NOTES_LOGITS = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])  # nine words
 
 
@@ -67,32 +65,19 @@ def test_layer_norm_written_out_equals_fused_and_torch():
     assert not torch.allclose(norm(x), unbiased, atol=1e-3)
 
 
-def test_gelu_is_the_tanh_form_and_not_the_exact_one():
-    """Values of the tanh form; the exact form differs enough to be seen."""
-    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
-    expected = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x.tolist()]
-    gelu = gpt.GELU()
-    assert gelu(x).tolist() == pytest.approx(expected, abs=1e-12)
-    assert gelu.by_steps(x).tolist() == pytest.approx(expected, abs=1e-12)
-    assert (gelu(x) - F.gelu(x)).abs().max() > 1e-4
-
-
-def test_the_exact_gelu_weighs_by_the_normal_distribution():
-    """x times the probability that a standard normal number is below x, forward and by steps."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_gelu_is_the_tanh_form_or_weighs_by_the_normal_distribution(exact):
+    """Exact: x times the probability that a standard normal number is below x. The two differ enough to be seen."""
     x = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    expected = [v * NormalDist().cdf(v) for v in x.tolist()]
-    gelu = gpt.GELU(exact=True)
-    assert gelu(x).tolist() == pytest.approx(expected, abs=1e-12)
-    assert gelu.by_steps(x).tolist() == pytest.approx(expected, abs=1e-12)
+    forms = [[0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x.tolist()],
+             [v * NormalDist().cdf(v) for v in x.tolist()]]
+    gelu = gpt.GELU(exact)
+    assert gelu(x).tolist() == pytest.approx(forms[exact], abs=1e-12)
+    assert gelu.by_steps(x).tolist() == pytest.approx(forms[exact], abs=1e-12)
+    assert gelu(x).tolist() != pytest.approx(forms[not exact], abs=1e-4)
 
 
 # --- attention, by the derivation of the notes
-
-
-def test_attention_without_weights_gives_the_published_context_vector():
-    """Dot products, softmax, weighted sum: the second word's context vector is [0.4419, 0.6515, 0.5683]."""
-    weights = torch.softmax(SENTENCE @ SENTENCE.T, dim=-1)
-    assert (weights @ SENTENCE)[1].tolist() == pytest.approx([0.4419, 0.6515, 0.5683], abs=1e-4)
 
 
 def test_multi_head_attention_gives_the_published_outputs():
@@ -119,29 +104,6 @@ def test_multi_head_attention_gives_the_published_outputs():
         assert y[1, 5, :2].tolist() == pytest.approx([0.2575, 0.4028], abs=1e-4)
 
 
-def one_causal_head(x, query, key, value):
-    """Return one head's output (T, D), each row computed on its own from the words up to it."""
-    q, k, v = x @ query.T, x @ key.T, x @ value.T
-    rows = []
-    for t in range(len(x)):
-        scores = torch.stack([q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(t + 1)])
-        rows.append(sum(p * v[s] for s, p in enumerate(scores.exp() / scores.exp().sum())))
-    return torch.stack(rows)
-
-
-def test_a_stack_of_single_causal_heads_equals_the_multi_head_module():
-    """Heads computed one by one, word by word, joined and projected, equal the batched module in both forms."""
-    torch.manual_seed(0)
-    module, x = MultiHeadAttention(SMALL).double(), torch.randn(2, 9, 32, dtype=torch.float64)
-    nn.init.zeros_(module.qkv.bias)
-    query, key, value = module.qkv.weight.view(3, 4, 8, 32)
-    stacked = torch.stack([torch.cat([one_causal_head(row, query[h], key[h], value[h]) for h in range(4)], dim=1)
-                           for row in x])
-    expected = module.out_proj(stacked)
-    assert torch.allclose(module(x), expected, atol=1e-12)
-    assert torch.allclose(module.by_steps(x)[0], expected, atol=1e-12)
-
-
 def test_attention_equals_torchs_own_module():
     """With the same weights nn.MultiheadAttention gives the same outputs and, averaged over heads, weights."""
     torch.manual_seed(1)
@@ -160,7 +122,9 @@ def test_attention_equals_torchs_own_module():
 
 def test_parameter_counts_are_the_published_ones():
     """124M untied without qkv bias, without its head, and OpenAI's four tied sizes."""
-    count = gpt.count_parameters
+    def count(config):
+        return sum(parameter.numel() for parameter in gpt.empty_model(config, device="meta").parameters())
+
     notes = dict(vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1,
                  qkv_bias=False)
     assert count(GPTConfig(**notes)) == 163_009_536
@@ -195,21 +159,13 @@ def test_initial_weights_have_gpt2s_spread():
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(1000, 64, 128, 4, 6, tie_weights=True, drop_rate=0.0))
     block = model.trf_blocks[3]
+    small = 0.02 / math.sqrt(12)
     for weight, spread in ((model.tok_emb.weight, 0.02), (block.attn.qkv.weight, 0.02), (block.ffn.fc1.weight, 0.02),
-                           (block.attn.out_proj.weight, 0.02 / math.sqrt(12)), (block.ffn.fc2.weight, 0.02 / math.sqrt(12))):
+                           (block.attn.out_proj.weight, small), (block.ffn.fc2.weight, small)):
         assert weight.std().item() == pytest.approx(spread, rel=0.03)
     ids = torch.randint(1000, (8, 65))
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
     assert loss == pytest.approx(math.log(1000), abs=0.1)
-
-
-def test_embeddings_are_token_plus_position():
-    """The first block's input is the sum of the two rows that token and position pick."""
-    model = small_model()
-    ids = torch.tensor([[7, 7, 3]])
-    x = model.embed(ids, torch.arange(3))
-    assert torch.equal(x[0, 1], model.tok_emb.weight[7] + model.pos_emb.weight[1])
-    assert not torch.equal(x[0, 0], x[0, 1])  # the same word at two places differs
 
 
 def test_a_future_token_never_changes_an_earlier_logit():
@@ -221,15 +177,6 @@ def test_a_future_token_never_changes_an_earlier_logit():
     before, after = model(ids), model(changed)
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
-
-
-def test_initial_weights_are_drawn_from_the_same_random_numbers_as_ever():
-    """Seed 0 gives these weights, so that losses of runs with equal seeds can be compared across versions."""
-    torch.manual_seed(0)
-    model = GPTModel(SMALL)
-    found = [model.tok_emb.weight[0, :2], model.pos_emb.weight[3, :2], model.trf_blocks[1].ffn.fc2.weight[0, :2],
-             model.trf_blocks[0].attn.qkv.weight[5, :2], torch.rand(2)]
-    assert torch.cat(found).tolist() == pytest.approx(DRAWN, abs=1e-6)
 
 
 def test_padding_at_any_place_changes_no_logit():
@@ -260,31 +207,11 @@ def test_token_logprobs_line_up_with_the_next_token():
                 assert got[b, t].item() == pytest.approx(math.log(p), abs=1e-5)
 
 
-def test_a_tied_head_is_one_tensor_and_an_untied_one_is_not():
-    """The head of a tied model is the embedding's own memory."""
-    tied, untied = small_model(), small_model(tie_weights=False)
-    assert tied.out_head.weight.data_ptr() == tied.tok_emb.weight.data_ptr()
-    assert untied.out_head.weight.data_ptr() != untied.tok_emb.weight.data_ptr()
-
-
 @pytest.mark.parametrize("change", [dict(emb_dim=30), dict(n_layers=0), dict(drop_rate=1.5), dict(vocab_size="50")])
 def test_an_impossible_config_is_refused_with_its_value(change):
     """Sizes that do not fit name the option and the value."""
     with pytest.raises(ValueError, match=f"{next(iter(change))}.*{next(iter(change.values()))}"):
         dataclasses.replace(SMALL, **change)
-
-
-def test_one_batch_can_be_overfitted():
-    """Fifty steps on one batch bring the loss from ln V to almost nothing."""
-    torch.manual_seed(0)
-    model, ids = GPTModel(SMALL), torch.randint(50, (4, 17))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(50):
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.1
 
 
 # --- sampling
@@ -296,35 +223,27 @@ def test_sampling_draws_the_published_counts():
                  5.0: [165, 75, 42, 239, 71, 46, 32, 227, 103]}
     for temperature, counts in published.items():
         torch.manual_seed(123)
-        drawn = torch.cat([gpt.sample(NOTES_LOGITS, temperature) for _ in range(1000)])
+        probs = gpt.sampling_probabilities(NOTES_LOGITS, temperature)
+        drawn = torch.cat([torch.multinomial(probs, 1)[0] for _ in range(1000)])
         assert torch.bincount(drawn, minlength=9).tolist() == counts
 
 
 def test_top_k_keeps_the_published_probabilities():
-    """The three likeliest words share all the mass: .0615, .5775, .3610."""
+    """The three likeliest words share all the mass: .0615, .5775, .3610; of equal ones the lower ids stay."""
     probs = gpt.sampling_probabilities(NOTES_LOGITS, top_k=3)[0]
     assert probs[[0, 3, 7]].tolist() == pytest.approx([0.0615, 0.5775, 0.3610], abs=1e-4)
     assert probs.count_nonzero() == 3
+    assert gpt.sampling_probabilities(torch.zeros(1, 5), top_k=2).tolist() == [[0.5, 0.5, 0, 0, 0]]
 
 
-def test_ties_let_no_extra_token_through_top_k():
-    """Of five equal logits top-k 2 keeps two, the lower ids."""
-    probs = gpt.sampling_probabilities(torch.zeros(1, 5), top_k=2)
-    assert probs.tolist() == [[0.5, 0.5, 0, 0, 0]]
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it():
-    """With probabilities .5 .25 .15 .1 the kept tokens for p = .5, .51, .76 and 1 are 1, 2, 3 and 4."""
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_min_p_a_share_of_the_best():
+    """Of .5 .25 .15 .1 top-p keeps 1, 2, 3 and 4 for p = .5, .51, .76 and 1; min_p .4 keeps those of at least .2."""
     logits = torch.tensor([[0.15, 0.5, 0.1, 0.25]]).log()
     for p, kept in ((0.5, [1]), (0.51, [1, 3]), (0.76, [0, 1, 3]), (1.0, [0, 1, 2, 3])):
         probs = gpt.sampling_probabilities(logits, top_p=p)[0]
         assert probs.nonzero().flatten().tolist() == kept
         assert probs.sum().item() == pytest.approx(1)
-
-
-def test_min_p_drops_what_is_far_below_the_best():
-    """min_p .4 of the best token's .5 is .2: the tokens of .15 and .1 go."""
-    probs = gpt.sampling_probabilities(torch.tensor([[0.15, 0.5, 0.1, 0.25]]).log(), min_p=0.4)[0]
+    probs = gpt.sampling_probabilities(logits, min_p=0.4)[0]
     assert probs.tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=1e-6)
 
 
@@ -334,25 +253,16 @@ def test_repetition_penalty_lowers_only_tokens_that_were_there():
     assert gpt.penalize_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0).tolist() == [[1.0, -4.0, 3.0, -1.0]]
 
 
-def test_options_outside_their_range_are_refused():
-    """Negative temperature (which would invert the distribution), nan, and impossible top_k, top_p."""
-    ids = torch.tensor([[1]])
-    for wrong in (dict(temperature=-1.0), dict(temperature=math.nan), dict(temperature=1e-40), dict(top_k=0),
-                  dict(top_k=51), dict(top_p=0.0), dict(top_p=1.5), dict(min_p=-0.1), dict(repetition_penalty=0.0)):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            generate(small_model(), ids, 2, **wrong)
-    with pytest.raises(ValueError, match="not empty"):
-        generate(small_model(), ids[:, :0], 2)
-
-
 @pytest.mark.parametrize("wrong, said", [
-    (dict(ids=torch.tensor([1, 2])), "int64"), (dict(ids=[[1, 2]]), "int64"), (dict(ids=torch.ones(1, 2)), "int64"),
-    (dict(ids=torch.tensor([[1, 50]])), r"ids \[50\]; the model knows 0 to 49"), (dict(ids=torch.tensor([[-1]])), r"ids \[-1\]"),
-    (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padding is on the left"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
-    (dict(mask=torch.tensor([[1, 1], [0, 0]])), "padding is on the left"), (dict(num_samples=0), "num_samples=0"),
-    (dict(max_new_tokens=-1), "max_new_tokens=-1")])
-def test_prompts_that_cannot_be_continued_are_refused(wrong, said):
-    """Padding on the right, whose logits would be those behind the padding, and what would fail deep inside."""
+    (dict(ids=torch.tensor([[1, 50]])), "ids from 0 to 49"), (dict(ids=torch.tensor([[-1]])), "ids from 0 to 49"),
+    (dict(ids=torch.zeros(2, 0)), "need a token at least"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
+    (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padding is on the left"), (dict(num_samples=0), "num_samples"),
+    (dict(max_new_tokens=-1), "max_new_tokens"), (dict(temperature=-1.0), "temperature"), (dict(top_k=51), "top_k"),
+    (dict(temperature=math.nan), "temperature"), (dict(temperature=1e-40), "temperature"), (dict(top_k=0), "top_k"),
+    (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(min_p=-0.1), "min_p"),
+    (dict(repetition_penalty=0.0), "repetition_penalty")])
+def test_prompts_and_options_out_of_range_are_refused(wrong, said):
+    """Padding on the right, negative temperature (which would invert the distribution), and what would fail inside."""
     assert generate(small_model(), torch.zeros(0, 4, dtype=torch.long), 3).shape == (0, 7)
     with pytest.raises(ValueError, match=said):
         generate(small_model(), **{"ids": torch.tensor([[1, 2], [3, 4]]), "max_new_tokens": 2, **wrong})
@@ -362,16 +272,10 @@ def test_prompts_that_cannot_be_continued_are_refused(wrong, said):
 
 
 def test_cached_greedy_generation_equals_the_plain_loop_past_the_context():
-    """40 tokens from a 16-token context: cached first, then full windows, always the plain loop's tokens."""
-    for seed in range(5):
-        model, ids = small_model(seed), torch.randint(50, (3, 4))
-        assert torch.equal(generate(model, ids, 40, temperature=0), plain_greedy(model, ids, 40))
-
-
-def test_a_prompt_longer_than_the_context_goes_on_from_its_last_window():
-    """A 25-token prompt in a 16-token model continues like the plain loop."""
-    model, ids = small_model(), torch.randint(50, (2, 25))
-    assert torch.equal(generate(model, ids, 6, temperature=0), plain_greedy(model, ids, 6))
+    """In a 16-token context, from 4 tokens and from 25: cached first, then full windows."""
+    for seed, length in enumerate((4, 4, 25)):
+        model, ids = small_model(seed), torch.randint(50, (3, length))
+        assert torch.equal(generate(model, ids, 30, temperature=0), plain_greedy(model, ids, 30))
 
 
 def test_left_padded_prompts_of_unequal_length_continue_as_if_alone():
@@ -384,16 +288,6 @@ def test_left_padded_prompts_of_unequal_length_continue_as_if_alone():
     for row, prompt in zip(together, prompts):
         assert torch.equal(row[9:], plain_greedy(model, prompt, 7)[0, prompt.shape[1] :])
     assert not torch.equal(generate(model, ids, 7, temperature=0)[0, 9:], together[0, 9:])  # the mask matters
-
-
-def test_padding_between_tokens_is_skipped():
-    """A hole in a prompt, and padding that a row has at both, continue as the tokens alone do."""
-    model = small_model(3)
-    ids = torch.tensor([[5, 6, 0, 7, 9], [0, 4, 0, 0, 8]])
-    mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1]])
-    together = generate(model, ids, 9, temperature=0, mask=mask)[:, 5:].tolist()
-    for row, prompt in zip(together, ([5, 6, 7, 9], [4, 8])):
-        assert row == plain_greedy(model, torch.tensor([prompt]), 9)[0, len(prompt) :].tolist()
 
 
 def test_chunked_prefill_fills_the_cache_as_one_piece_does():
@@ -487,8 +381,7 @@ def plain_sampled(model, ids, mask, steps, generator, penalty, **options):
     return ids[:, T:]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(top_k=3), dict(top_p=0.7), dict(min_p=0.2), dict(temperature=1.7),
-                                     dict(top_k=8, top_p=0.9, min_p=0.05, temperature=0.8)])
+@pytest.mark.parametrize("options", [dict(), dict(top_k=8, top_p=0.9, min_p=0.05, temperature=0.8)])
 def test_sampled_generation_equals_the_plain_loop(options):
     """Cached, left-padded, penalised sampling past the context draws the plain loop's tokens from the same seed."""
     model = small_model(4, spread=3)
@@ -514,20 +407,6 @@ def test_dropout_acts_at_each_of_its_places_and_only_in_training():
         assert torch.equal(model(ids), model(ids))
 
 
-def test_attention_maps_are_causal_distributions_that_lead_to_the_models_output():
-    """Rows sum to 1, nothing looks ahead, and the first layer's weights give what its attention gives."""
-    model, ids = small_model(), torch.randint(50, (2, 7))
-    maps = gpt.attention_maps(model, ids)
-    assert len(maps) == 2 and maps[0].shape == (2, 4, 7, 7)
-    for weights in maps:
-        assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64))
-        assert weights.triu(1).abs().max() == 0 and weights.std() > 0.01
-    block = model.trf_blocks[0]
-    x = block.ln1(model.embed(ids, torch.arange(7)))
-    values = (maps[0] @ block.attn.heads(x)[2]).transpose(1, 2).reshape(x.shape)
-    assert torch.allclose(block.attn.out_proj(values), block.attn(x), atol=1e-10)
-
-
 # --- streaming
 
 
@@ -541,15 +420,10 @@ def test_streaming_never_shows_half_a_character():
     assert "".join(cut) == "naïve \ufffd"  # a text that really ends inside a character shows it once, at the end
 
 
-def test_a_stop_string_across_pieces_is_never_shown():
-    """Text up to the stop string appears, and a false start of it appears once it is clear."""
+def test_a_stop_string_over_several_tokens_is_never_shown():
+    """A false start appears once it is clear. GPT-2 splits " 😀" inside the emoji: the space waits with its bytes."""
     ids = list(b"one ENx two END three")
-    shown = list(gpt.stream_text(lambda new: bytes(new).decode(), iter(ids), ["END"]))
-    assert "".join(shown) == "one ENx two "
-
-
-def test_a_stop_string_whose_characters_are_split_over_tokens_is_never_shown():
-    """GPT-2 splits " 😀" inside the emoji: the space before it waits with its bytes."""
+    assert "".join(gpt.stream_text(lambda new: bytes(new).decode(), iter(ids), ["END"])) == "one ENx two "
     tokens = [b"Hi", b" \xf0\x9f\x98", b"\x80", b" there"]
     decode = lambda ids: b"".join(tokens[i] for i in ids).decode("utf-8", "replace")  # noqa: E731
     assert "".join(gpt.stream_text(decode, range(4), [" 😀"])) == "Hi"
@@ -559,7 +433,7 @@ def test_a_stop_string_whose_characters_are_split_over_tokens_is_never_shown():
 # --- int8
 
 
-needs_int8 = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no int8 product here")
+needs_int8 = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no int8 here")
 
 
 def int8_layer(weight, bias=None):
@@ -603,46 +477,21 @@ def test_the_error_of_an_int8_layer_has_the_bound_of_its_rounding(outlier):
     assert all(torch.equal(layer(x[i : i + 1])[0], layer(x)[i]) for i in range(7))
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """Return (model, ids of a text that it never saw) after 100 steps on the source of argparse, by characters."""
-    text = Path(argparse.__file__).read_text(encoding="utf-8")
-    tokenizer = CharTokenizer.train([text])
-    torch.manual_seed(0)
-    model = GPTModel(GPTConfig(tokenizer.vocab_size, 64, 64, 4, 2, 0.0, tie_weights=True))
-    ids, optimizer = torch.tensor(tokenizer.encode(text)), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    kept = ids[-len(ids) // 10 :]
-    windows = ids[: -len(kept)].unfold(0, 65, 32)
-    for step in range(100):
-        batch = windows[torch.randint(len(windows), (12,))]
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval(), kept
-
-
-@torch.no_grad()
-def mean_loss(model, ids):
-    """Return the mean loss over windows of 64 tokens."""
-    windows = ids[: len(ids) // 65 * 65].view(-1, 65)
-    return -gpt.token_logprobs(model(windows[:, :-1]), windows[:, :-1]).mean().item()
-
-
 @needs_int8
-def test_a_trained_model_in_int8_keeps_its_perplexity_and_its_greedy_words(trained):
+@torch.no_grad()
+def test_a_trained_model_in_int8_keeps_its_perplexity_and_its_greedy_words():
     """Perplexity within 1%, the likeliest next token the same at 98% of the places, most greedy texts the same."""
-    model, ids = trained
-    small, windows = gpt.int8_linears(copy.deepcopy(model)), ids[: len(ids) // 65 * 65].view(-1, 65)
-    loss = mean_loss(model, ids)
-    assert loss < 0.75 * math.log(model.config.vocab_size)  # it has learned something
-    assert abs(mean_loss(small, ids) - loss) < 0.01
-    with torch.no_grad():
-        assert (small(windows[:, :64]).argmax(-1) == model(windows[:, :64]).argmax(-1)).float().mean() > 0.98
-    prompts = windows[:40, :16]
-    ours, theirs = (generate(m, prompts, 24, temperature=0) for m in (small, model))
+    model, tokenizer, _ = gpt.load_checkpoint(Path(gpt.__file__).parent / "assets" / "tiny.safetensors")
+    ids = torch.tensor(tokenizer.encode(" ".join(tinyworld("corpus", "test", 60))))
+    windows, small = ids[:2048].view(32, 64), gpt.int8_linears(copy.deepcopy(model))
+    logits, rounded = model(windows), small(windows)
+    losses = [-gpt.token_logprobs(x, windows).mean().item() for x in (logits, rounded)]
+    assert losses[0] < 0.75 * math.log(model.config.vocab_size)  # it has learned something
+    assert abs(losses[1] - losses[0]) < 0.01
+    assert (rounded.argmax(-1) == logits.argmax(-1)).float().mean() > 0.98
+    ours, theirs = (generate(m, windows[:, :16], 24, temperature=0) for m in (small, model))
     assert (ours == theirs).all(dim=1).float().mean() > 0.7
-    assert torch.equal(generate(small, prompts, 24, temperature=0), plain_greedy(small, prompts, 24))  # with the cache
+    assert torch.equal(ours, plain_greedy(small, windows[:, :16], 24))  # with the cache
 
 
 @needs_int8
@@ -660,35 +509,27 @@ def test_an_int8_model_is_not_saved_and_keeps_a_finer_embedding(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("missing", ["linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32", "engine"])
-def test_without_an_int8_product_the_model_stays_as_it_is_and_a_note_says_so(missing, monkeypatch, capsys):
-    """On Arm, or where a later torch has dropped an operation."""
+def test_without_an_int8_product_the_model_stays_as_it_is_and_a_note_says_so(monkeypatch, capsys):
+    """On Arm, and on a GPU."""
     model, ids = small_model(dtype=torch.float32), torch.randint(50, (2, 5))
     before = model(ids)
-
-    def gone(*args):
-        if args[-1] != "none":  # the engine that is put back
-            raise RuntimeError("Didn't find engine for operation\nquantized::linear_prepack NoQEngine")
-
-    if missing == "engine":
-        monkeypatch.setattr(type(torch.backends.quantized), "engine", property(lambda self: "none", gone))
-    else:
-        monkeypatch.setattr(torch.ops.quantized, missing, gone)
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
     assert torch.equal(gpt.int8_linears(model)(ids), before)
-    said = capsys.readouterr().err
-    assert said.startswith("note: no int8 here, so weights stay in float32") and said.count("\n") == 1
+    assert capsys.readouterr().err == "note: int8 needs an x86 CPU, so weights stay in float32\n"
+    monkeypatch.undo()
+    assert type(gpt.int8_linears(gpt.empty_model(SMALL, device="meta")).out_head) is nn.Linear
 
 
 @needs_int8
-def test_generate_takes_int8_and_prints_no_warning(tmp_path):
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_generate_takes_int8_and_prints_no_warning(tmp_path, capsys):
     """Not even where warnings are errors."""
     tokenizer = CharTokenizer.train(["abc ab ac"])
     gpt.save_checkpoint(tmp_path / "m.safetensors", small_model(dtype=torch.float32, vocab_size=tokenizer.vocab_size),
                         tokenizer)
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "gpt.py", "--int8", "--prompt", "ab", "--seed", "1",
-                           "--checkpoint", str(tmp_path / "m.safetensors")], cwd=os.path.dirname(gpt.__file__),
-                          capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("ab")
+    assert gpt.main(["--int8", "--prompt", "ab", "--checkpoint", str(tmp_path / "m.safetensors")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("ab") and not err
 
 
 MEMORY = """
@@ -711,14 +552,15 @@ print(used() - before)"""
 @needs_int8
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_gpt2_in_int8_holds_at_most_six_tenths_of_the_memory(tmp_path):
-    """GPT-2's 124M parameters: what the process holds after loading and generating, in float32 and in int8."""
-    torch.manual_seed(0)
-    gpt.save_checkpoint(tmp_path / "m.safetensors", GPTModel(gpt.GPT2))
+def test_a_model_in_int8_holds_at_most_six_tenths_of_the_memory(tmp_path):
+    """48M parameters in GPT-2's proportions: what the process holds after loading and generating."""
+    config = GPTConfig(20_000, 256, 512, 8, 12, tie_weights=True)
+    gpt.save_checkpoint(tmp_path / "m.safetensors", gpt.copy_weights(
+        model := gpt.empty_model(config), {name: torch.full_like(p, 0.01) for name, p in model.named_parameters()}, ""))
     plain, small = (float(subprocess.run([sys.executable, "-c", MEMORY, os.path.dirname(gpt.__file__),
                                           tmp_path / "m.safetensors", kind], capture_output=True, text=True, check=True,
                                          timeout=300).stdout) for kind in ("float32", "int8"))
-    assert plain > 470 and small < 0.6 * plain, (plain, small)
+    assert plain > 180 and small < 0.6 * plain, (plain, small)
 
 
 # --- files
@@ -774,21 +616,13 @@ def test_a_checkpoint_of_the_first_edition_is_read(tmp_path):
 
 
 def test_adapters_that_are_not_merged_are_not_saved(tmp_path):
-    """Their names would fit no model that is loaded; merged they are saved, and the model gives the same logits."""
-    model, ids = small_model(dtype=torch.float32), torch.randint(50, (2, 7))
-    lora.apply_lora(model, rank=2)
-    for parameter in lora.lora_parameters(model):
-        nn.init.normal_(parameter, std=0.1)
-    expected = model(ids)
+    """Their names would fit no model that is loaded."""
     with pytest.raises(ValueError, match="m.safetensors: .*not merged; call lora.merge_lora"):
-        gpt.save_checkpoint(tmp_path / "m.safetensors", model)
+        gpt.save_checkpoint(tmp_path / "m.safetensors", lora.apply_lora(small_model(), rank=2))
     assert os.listdir(tmp_path) == []
-    gpt.save_checkpoint(tmp_path / "m.safetensors", lora.merge_lora(model))
-    assert torch.allclose(gpt.load_checkpoint(tmp_path / "m.safetensors")[0](ids), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [dict(vocab_size=2**40), dict(emb_dim=2**30), dict(n_layers=10**9),
-                                    dict(context_length=2**40)])
+@pytest.mark.parametrize("config", [dict(vocab_size=2**40), dict(n_layers=10**9)])
 def test_no_memory_is_allocated_for_a_config_larger_than_its_file(config, tmp_path):
     """A file of 100 kB with intact hashes that describes a model of terabytes is refused at once."""
     model, path = small_model(dtype=torch.float32), tmp_path / "m.safetensors"
@@ -802,8 +636,7 @@ def test_metadata_that_does_not_fit_is_one_line(tmp_path):
     """Unknown, missing and nested fields of config, info and tokenizer, with intact hashes."""
     path, good = tmp_path / "m.safetensors", {"config": json.dumps(dataclasses.asdict(SMALL)), "info": "{}"}
     for wrong in (dict(config="{}x"), dict(config='{"layers": 3}'), dict(config="[" * 100_000),
-                  dict(config='{"emb_dim": 0}'), dict(config='{"drop_rate": "0"}'), dict(info="3"), dict(info="[1]"), dict(tokenizer="{}"),
-                  dict(tokenizer='{"type": "char"}')):
+                  dict(config='{"emb_dim": 0}'), dict(config='{"drop_rate": "0"}'), dict(info="[1]"), dict(tokenizer="{}")):
         gpt.write_safetensors(path, gpt.distinct_tensors(small_model()), {**good, **wrong})
         with pytest.raises(ValueError, match="m.safetensors: its metadata does not fit"):
             gpt.load_checkpoint(path)
@@ -825,30 +658,22 @@ def test_only_language_models_with_a_tokenizer_generate(tmp_path):
         gpt.load_language_model(path)
 
 
-def test_without_tokenizer_py_weights_load_and_a_note_says_so(tmp_path):
+def test_without_tokenizer_py_weights_load_and_a_note_says_so(tmp_path, monkeypatch, capsys):
     """gpt.py copied alone: the tokenizer of a checkpoint is None, one line on stderr."""
-    shutil.copy(gpt.__file__, tmp_path)
     gpt.save_checkpoint(tmp_path / "m.safetensors", small_model(dtype=torch.float32), CharTokenizer.train(["abc"]))
-    code = "import gpt; model, tokenizer, info = gpt.load_checkpoint('m.safetensors'); print(tokenizer, info)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
-    assert done.stdout == "None {'kind': 'gpt'}\n"
-    assert done.stderr.startswith("note: no tokenizer.py") and done.stderr.count("\n") == 1
+    monkeypatch.delitem(sys.modules, "tokenizer")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "tokenizer.py").exists()])
+    monkeypatch.chdir(tmp_path)
+    assert gpt.load_checkpoint(tmp_path / "m.safetensors")[1:] == (None, {"kind": "gpt"})
+    error = capsys.readouterr().err
+    assert error.startswith("note: no tokenizer.py") and error.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_compiled_model_is_stored_as_what_was_compiled(tied, tmp_path):
-    """torch.compile puts a prefix before each name, which no reader of the file would know."""
-    model = small_model(dtype=torch.float32, tie_weights=tied)
-    gpt.save_checkpoint(tmp_path / "m.safetensors", torch.compile(model))
-    ids = torch.randint(50, (2, 7))
-    assert torch.equal(gpt.load_checkpoint(tmp_path / "m.safetensors")[0](ids), model(ids))
+def test_one_compilation_serves_every_length_and_is_stored_as_what_was_compiled(tmp_path):
+    """What --compile does: batches of other shapes start no new compilation and break no graph; a mask starts one.
 
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_one_compilation_serves_every_length():
-    """What --compile does: batches of other shapes start no new compilation and break no graph; a mask starts one."""
+    Its file has no prefix before each name, which no reader would know."""
     model, compiled = small_model(dtype=torch.float32), []
     hidden = torch.compile(model.hidden, dynamic=True, fullgraph=True,
                            backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
@@ -859,6 +684,8 @@ def test_one_compilation_serves_every_length():
     for shape in ((2, 10), (3, 12)):
         hidden(torch.randint(50, shape), torch.ones(shape, dtype=torch.long))
     assert len(compiled) == 2
+    gpt.save_checkpoint(tmp_path / "m.safetensors", torch.compile(model))
+    assert torch.equal(gpt.load_checkpoint(tmp_path / "m.safetensors")[0](ids), model(ids))
 
 
 def test_a_classifier_head_comes_back_with_its_own_shape(tmp_path):
@@ -869,54 +696,6 @@ def test_a_classifier_head_comes_back_with_its_own_shape(tmp_path):
     loaded = gpt.load_checkpoint(tmp_path / "c.safetensors")[0]
     ids = torch.randint(50, (2, 5))
     assert torch.equal(loaded(ids), model(ids)) and loaded(ids).shape == (2, 5, 3)
-
-
-def test_any_flipped_byte_and_any_cut_of_a_checkpoint_is_found(tmp_path):
-    """20 flips and 11 cuts spread over the file are all refused in one line that names the file."""
-    path = tmp_path / "model.safetensors"
-    gpt.save_checkpoint(path, small_model(dtype=torch.float32), CharTokenizer.train(["abc"]))
-    good = path.read_bytes()
-    broken = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(3, len(good), len(good) // 19)]
-    broken += [good[: len(good) * cut // 11] for cut in range(11)]
-    for data in broken:
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match="model.safetensors"):
-            gpt.load_checkpoint(path)
-    path.write_bytes(good)
-    gpt.load_checkpoint(path)
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    """An error while writing leaves the old bytes in place and no temporary file."""
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(OSError):
-        with gpt.replacing(path) as file:
-            file.write(b"new")
-            raise OSError("disk full")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
-    """Full disk, a file in a folder's place, a folder in a file's place, no permission; our own errors stay."""
-    real_open = open
-    monkeypatch.setattr("builtins.open", lambda path, *mode: real_open("/dev/full", "wb", buffering=0))
-    (tmp_path / "file").write_bytes(b"")
-
-    def message(path):
-        with pytest.raises(OSError) as caught, gpt.replacing(path) as file:
-            file.write(b"x")
-        return gpt.explain(caught.value)
-
-    assert message(tmp_path / "a") == f"{tmp_path / 'a'}: No space left on device"
-    monkeypatch.undo()
-    assert message(tmp_path / "file" / "a") == f"{tmp_path / 'file'}: File exists"
-    (tmp_path / "folder").mkdir()
-    assert message(tmp_path / "folder") == f"{tmp_path / 'folder'}: Is a directory"
-    assert gpt.explain(PermissionError(13, "Permission denied", "a")) == "a: Permission denied"
-    assert gpt.explain(OSError("our\nown")) == gpt.explain(ValueError("our own")) == "our own"
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_json_is_written_whole_and_is_json(tmp_path):
@@ -930,12 +709,12 @@ def test_json_is_written_whole_and_is_json(tmp_path):
 
 
 def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
-    """Missing, unknown, misshapen and non-finite tensors are refused by name and nothing is copied."""
+    """Missing, unknown, misshapen and whole-number tensors are refused by name and nothing is copied."""
     model = small_model(dtype=torch.float32)
     good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = "trf_blocks.1.ffn.fc1.weight"
     wrong = [({k: v for k, v in good.items() if k != name}, name), ({**good, "extra": torch.ones(1)}, "extra"),
-             ({**good, name: good[name].T}, name), ({**good, name: good[name] * math.nan}, name)]
+             ({**good, name: good[name].T}, name), ({**good, name: good[name].to(torch.int8)}, name)]
     for tensors, named in wrong:
         tensors["tok_emb.weight"] = torch.zeros_like(good["tok_emb.weight"])
         with pytest.raises(ValueError, match=f"here: .*{named}"):
@@ -946,29 +725,26 @@ def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
 # --- command line
 
 
-def test_info_prints_the_published_size(capsys):
-    """163,009,536 parameters, 621.83 MB untied, and every module of the model."""
-    assert gpt.main(["info", "--model", "gpt2"]) == 0
+def test_info_counts_work_and_memory_by_the_known_formulas(capsys):
+    """163,009,536 parameters, 621.83 MB untied, as published.
+
+    Tied: 16 bytes per parameter to train, 73.7 kB of cache per token, 2 FLOPs per matrix weight plus attention."""
+    assert gpt.main(["info"]) == 0
     out = capsys.readouterr().out
+    assert "(0-11): 12 x TransformerBlock" in out and "Linear(in_features=768, out_features=2304" in out
     line = next(line for line in out.splitlines() if line.startswith("gpt2, no bias"))
     assert "163,009,536" in line and "621.83" in line
-    assert "(0-11): 12 x TransformerBlock" in out and "Linear(in_features=768, out_features=2304" in out
-
-
-def test_info_counts_work_and_memory_by_the_known_formulas(capsys):
-    """GPT-2 small: 16 bytes a parameter to train, 73.7 kB of cache a token, 2 FLOPs a matrix weight plus attention."""
-    assert gpt.main(["info"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gpt2  "))
+    line = next(line for line in out.splitlines() if line.startswith("gpt2  "))
     matrices = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072) + 768 * 50257
     flops = 2 * matrices + 12 * 2 * 2 * 1024 * 768  # scores and weighted sum over a full context
     assert line.split()[-3:] == [f"{124_439_808 * 16 / 1e9:.2f}", "73.7", f"{flops / 1e9:.3f}"]
 
 
 def test_generate_and_inspect_print(capsys, tmp_path):
-    """The two commands on a small character model: same seed same text, --stop cuts, shares of attention add up."""
+    """The two commands on a small character model: same seed same text, --stop cuts, shares are those of a hand pass."""
     tokenizer = CharTokenizer.train(["abcdefgh "])
-    path = str(tmp_path / "m.safetensors")
-    gpt.save_checkpoint(path, small_model(dtype=torch.float32, vocab_size=tokenizer.vocab_size), tokenizer)
+    path, model = str(tmp_path / "m.safetensors"), small_model(dtype=torch.float32, vocab_size=9)
+    gpt.save_checkpoint(path, model, tokenizer)
     texts = []
     for flags in ([], [], ["--seed", "2"]):
         assert gpt.main(["--checkpoint", path, "--prompt", "abc", "--max_new_tokens", "30", *flags]) == 0
@@ -981,8 +757,12 @@ def test_generate_and_inspect_print(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["'a'", "'", "'b'", "'a'", "'d'"]
     assert lines[0].split() == ["'a'", "'a'", "100%"] and lines[4].count("%") == 3
-    shares = [int(word[:-1]) for word in lines[2].split() if word.endswith("%")]
-    assert len(shares) == 3 and abs(sum(shares) - 100) <= 1 and shares == sorted(shares, reverse=True)
+    ids = torch.tensor([tokenizer.encode("a bad")])
+    states = model.trf_blocks[0](model.embed(ids, torch.arange(5)))
+    weights = model.trf_blocks[1].attn.by_steps(model.trf_blocks[1].ln1(states))[1][0].mean(0)
+    for line, row in zip(lines, weights.tolist()):
+        wanted = [f"{share:.0%}" for share in sorted(row, reverse=True) if share][:3]
+        assert [word for word in line.split() if word.endswith("%")] == wanted
 
 
 def test_mistakes_on_the_command_line_are_one_line(capsys, tmp_path):
@@ -1000,7 +780,7 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, tmp_path):
              (["--num_samples", "0"], 2, "--num_samples must be at least 1"),
              (["--prompt", "caf\udce9"], 2, "'caf\\udce9' is not UTF-8"), (["--stop", "\udcff"], 2, "not UTF-8"),
              (["inspect", "--prompt", "caf\udce9"], 2, "not UTF-8"),
-             (["--checkpoint", str(model)], 1, "holds no tokenizer"), (["info", "--model", "gpt5"], 2, "invalid choice")]
+             (["--checkpoint", str(model)], 1, "holds no tokenizer"), (["info", "--model", "x"], 1, "no checkpoint x")]
     if not torch.cuda.is_available():
         cases.append((["--checkpoint", str(model), "--device", "cuda"], 2, "--device cpu"))
     for argv, status, words in cases:
@@ -1023,7 +803,7 @@ ENDINGS = [  # what a function raises, the exit status, and what is said
 
 @pytest.mark.parametrize("error, status, said", ENDINGS)
 def test_every_ending_of_a_command_has_its_exit_status(error, status, said, capsys, monkeypatch):
-    """One line on stderr at most, and with debug the traceback of what is a mistake."""
+    """One line on stderr at most, and with debug the traceback of what is a mistake; ours keep theirs in any case."""
     def function():
         raise error
 
@@ -1035,15 +815,8 @@ def test_every_ending_of_a_command_has_its_exit_status(error, status, said, caps
     if status in (1, 2) and said:
         with pytest.raises(type(error)):
             gpt.guarded(function, debug=True)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shape"), KeyError("x"), NotImplementedError("y")])
-def test_a_mistake_of_ours_keeps_its_traceback(error):
-    """Only what a user can fix becomes one line; a function's own status goes through."""
-    def function():
-        raise error
-
-    with pytest.raises(type(error)):
+    error = RuntimeError("shape")
+    with pytest.raises(RuntimeError):
         gpt.guarded(function)
     assert gpt.guarded(lambda x: x, 3) == 3 and gpt.guarded(lambda: None) == gpt.guarded(dict) == 0
 
@@ -1061,8 +834,8 @@ def test_help_lists_the_commands_and_each_command_its_flags(capsys):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    """Also names of devices that hold no numbers, and numbers of devices that do not exist."""
+    """Also numbers of devices that do not exist."""
     assert gpt.pick_device("cpu") == torch.device("cpu") and gpt.pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("meta", "cpu:x", "tpu", "", "cuda:99"):
+    for name in ("cpu:x", "tpu", "", "cuda:99"):
         with pytest.raises(argparse.ArgumentError, match="use --device cpu"):
             gpt.pick_device(name)

@@ -1,17 +1,15 @@
 """GPT-2 weights in and out: both formats against hand-made files, the self-test, the download, and the peers."""
 
 import dataclasses
+import functools
 import hashlib
 import http.server
 import json
 import math
 import os
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import gpt  # before torch, because it filters a warning
@@ -21,7 +19,7 @@ import torch
 import data
 import gpt2_weights
 from gpt2_weights import export_gpt2, load_gpt2, main, read_tf_checkpoint
-from tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
+from tokenizer import BPETokenizer, WordTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = gpt.GPTConfig(101, 16, 48, 4, 2, qkv_bias=True, tie_weights=True)
@@ -88,10 +86,9 @@ def bits(model):
 # Hugging Face's format
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("prefix, dtype", [("", torch.float32), ("transformer.", torch.bfloat16)])
 def test_logits_are_those_of_gpt2_written_out(prefix, dtype, tmp_path):
-    """With and without the prefix, in three precisions, masks ignored: logits equal the matrix products by hand."""
+    """With and without the prefix, in two precisions, masks ignored: logits equal the matrix products by hand."""
     tensors = {name: tensor.to(dtype) for name, tensor in gpt2_tensors().items()}
     masks = {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     folder = hf_folder(tmp_path, {prefix + name: tensor for name, tensor in {**tensors, **masks}.items()})
@@ -102,20 +99,13 @@ def test_logits_are_those_of_gpt2_written_out(prefix, dtype, tmp_path):
         torch.testing.assert_close(model(row[None])[0], gpt2_logits(tensors, row), atol=2e-5, rtol=1e-5)
 
 
-def test_the_exact_gelu_would_be_noticed(tmp_path):
-    """The negative control: with the other form of the GELU the logits differ by far more than the tolerance."""
-    tensors = gpt2_tensors()
-    model = load_gpt2(hf_folder(tmp_path, tensors))
-    wrong = gpt2_logits(tensors, IDS[0], approximate="none")
-    assert (model(IDS[:1])[0] - wrong).abs().max() > 2e-4
-
-
 def test_a_config_with_the_exact_gelu_is_followed(tmp_path):
-    """The logits are those of the exact form by hand."""
+    """The logits are those of the exact form by hand, and further than the tolerance from the other's."""
     tensors = gpt2_tensors()
     model = load_gpt2(hf_folder(tmp_path, tensors, activation_function="gelu"))
-    wanted = gpt2_logits(tensors, IDS[0], approximate="none")
-    torch.testing.assert_close(model(IDS[:1])[0], wanted, atol=2e-5, rtol=1e-5)
+    exact, tanh = (gpt2_logits(tensors, IDS[0], approximate=form) for form in ("none", "tanh"))
+    torch.testing.assert_close(model(IDS[:1])[0], exact, atol=2e-5, rtol=1e-5)
+    assert (exact - tanh).abs().max() > 2e-4
 
 
 def test_a_tied_head_shares_its_storage_and_an_untied_one_is_read(tmp_path):
@@ -131,27 +121,14 @@ def test_a_tied_head_shares_its_storage_and_an_untied_one_is_read(tmp_path):
         load_gpt2(hf_folder(tmp_path / "headless", tensors, tie_word_embeddings=False))
 
 
-@pytest.mark.parametrize("rows", [50304, 50257, 128])
-def test_a_vocabulary_comes_back_whole(rows, tmp_path):
-    """Fault 6: 50,304 rows may be a vocabulary of one's own; the config says how many count, here and in a file."""
-    model = gpt.GPTModel(gpt.GPTConfig(rows, 8, 8, 2, 1, qkv_bias=True, tie_weights=True))
-    export_gpt2(model, tmp_path / "ours")
-    assert bits(load_gpt2(tmp_path / "ours")) == bits(model)
-    tensors = gpt2_tensors(V=rows, T=8, C=8, L=1)
-    folder = hf_folder(tmp_path / "theirs", tensors, vocab_size=rows, n_positions=8, n_embd=8, n_head=2, n_layer=1)
-    assert torch.equal(load_gpt2(folder).tok_emb.weight, tensors["wte.weight"])
-    with pytest.raises(ValueError, match=r"'wte.weight' has the shape \(.*, the config wants \(100, 8\)"):
-        load_gpt2(hf_folder(folder, tensors, vocab_size=100, n_positions=8, n_embd=8, n_head=2, n_layer=1))
-
-
 @pytest.mark.parametrize("change, message", [
     ({"h.1.mlp.c_fc.weight": None}, "no tensor 'h.1.mlp.c_fc.weight'"),
     ({"wte.weight": None}, "no tensor 'wte.weight'"),
     ({"h.2.ln_1.weight": torch.ones(48)}, "unknown tensor 'h.2.ln_1.weight'"),
-    ({"h.0.attn.c_attn.weight": torch.ones(144, 48)}, r"'h.0.attn.c_attn.weight'.*\(144, 48\).*\(48, 144\) \(in x out"),
-    ({"wpe.weight": torch.ones(32, 48)}, r"'wpe.weight' has the shape \(32, 48\), the config wants \(16, 48\)"),
-    ({"wte.weight": torch.ones(100, 48)}, r"'wte.weight' has the shape \(100, 48\), the config wants \(101, 48\)"),
-    ({"wte.weight": torch.ones(())}, r"'wte.weight' has the shape \(\)"),
+    ({"h.0.attn.c_attn.weight": torch.ones(144, 48)}, r"'trf_blocks.0.attn.qkv.weight'.*\(48, 144\).*\(144, 48\)"),
+    ({"h.0.attn.c_attn.weight": torch.ones(1, 144, 48)}, r"attn.qkv.weight' has the shape \(1, 144, 48\)"),
+    ({"wte.weight": torch.ones(100, 48)}, r"'tok_emb.weight' has the shape \(100, 48\), the model \(101, 48\)"),
+    ({"wte.weight": torch.ones(())}, r"'tok_emb.weight' has the shape \(\)"),
     ({"ln_f.bias": torch.full((48,), math.nan)}, "final_norm.bias.*not finite"),
     ({"ln_f.bias": torch.zeros(48, dtype=torch.int8)}, "final_norm.bias.*int8"),
     ({"h.0.attn.q_proj.weight": torch.ones(48, 48)}, "unknown tensor 'h.0.attn.q_proj.weight'"),
@@ -179,7 +156,7 @@ def test_a_config_that_asks_for_something_else_is_refused(field, value, tmp_path
         load_gpt2(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"n_embd": 48', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(text, tmp_path):
     """One line with the path."""
     folder = hf_folder(tmp_path, gpt2_tensors())
@@ -197,12 +174,12 @@ def test_without_a_config_only_a_published_name_is_enough(small_gpt2, tmp_path):
         load_gpt2(small_gpt2)
 
 
-def sharded(folder, tensors, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+def sharded(folder, tensors):
     """Return `folder` after writing tensors to two files, and an index that names them."""
     hf_folder(folder, tensors)
     (folder / "model.safetensors").unlink()
     ordered, weight_map = sorted(tensors), {}
-    for name, part in zip(names, (ordered[:9], ordered[9:])):
+    for name, part in (("a.safetensors", ordered[:9]), ("z.safetensors", ordered[9:])):
         gpt.write_safetensors(folder / name, {key: tensors[key] for key in part})
         weight_map.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
@@ -210,26 +187,15 @@ def sharded(folder, tensors, names=("model-00001-of-00002.safetensors", "model-0
     return folder
 
 
-@pytest.mark.parametrize("names", [("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
-                                   ("first.safetensors", "b.safetensors")])
-def test_exactly_the_files_that_an_index_names_are_read(names, tmp_path):
-    """Fault 5: older shards beside them count for nothing, whatever the files are called; a missing one is named."""
+def test_a_tensor_is_taken_from_the_file_that_the_index_gives(tmp_path):
+    """Files may hold tensors of an older checkpoint too (vllm, pull request 54230), which count for nothing.
+
+    Nor do files beside them; a missing one is named."""
     old, new = gpt2_tensors(seed=1), gpt2_tensors()
-    folder = sharded(tmp_path / "in", new, names)
-    for number, part in enumerate((sorted(old)[:5], sorted(old)[5:20], sorted(old)[20:]), 1):
-        gpt.write_safetensors(folder / f"model-0000{number}-of-00003.safetensors", {name: old[name] for name in part})
+    folder = sharded(tmp_path / "in", new)
+    gpt.write_safetensors(folder / "model-00001-of-00003.safetensors", old)
     wanted = bits(load_gpt2(hf_folder(tmp_path / "whole", new)))
     assert bits(load_gpt2(folder)) == bits(load_gpt2(folder / "model.safetensors.index.json")) == wanted
-    (folder / names[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=names[1]):
-        load_gpt2(folder)
-
-
-def test_a_tensor_is_taken_from_the_file_that_the_index_gives(tmp_path):
-    """Files may hold tensors of an older checkpoint too (vllm, pull request 54230), which count for nothing."""
-    old, new = gpt2_tensors(seed=1), gpt2_tensors()
-    folder = sharded(tmp_path / "in", new, ("a.safetensors", "z.safetensors"))
-    wanted = bits(load_gpt2(hf_folder(tmp_path / "whole", new)))
     for file, other in (("a.safetensors", "z.safetensors"), ("z.safetensors", "a.safetensors")):
         named = gpt.read_safetensors(folder / file)[0]
         stale = [name for name in gpt.read_safetensors(folder / other)[0] if name not in named][:3]
@@ -237,14 +203,13 @@ def test_a_tensor_is_taken_from_the_file_that_the_index_gives(tmp_path):
         gpt.write_safetensors(folder / file, {**named, **{name: old[name] for name in stale}})
         assert bits(load_gpt2(folder)) == wanted
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    index["weight_map"]["wte.weight"] = "a.safetensors"
+    index["weight_map"].update({"wte.weight": "a.safetensors", "h.0.ln_1.bias": "lost.safetensors"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match="a.safetensors: no tensor 'wte.weight', which the index places there"):
         load_gpt2(folder)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.transformer.",
-                                    "model.transformer."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.transformer."])
 def test_names_of_a_wrapper_are_read_without_it(prefix, tmp_path):
     """What torch.compile, DataParallel and Lightning put in front of every name; two of one name are refused."""
     tensors = gpt2_tensors()
@@ -267,7 +232,7 @@ def test_a_tied_matrix_may_be_stored_under_the_heads_name(tmp_path):
 
 @pytest.mark.parametrize("index", [
     "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"wte.weight": "../x.safetensors"}}',
-    '{"weight_map": {"wte.weight": "/x.safetensors"}}', '{"weight_map": {"wte.weight": 3}}', '{"weight_map": ["x"]}'])
+    '{"weight_map": {"wte.weight": "/x.safetensors"}}', '{"weight_map": {"wte.weight": 3}}'])
 def test_an_index_that_names_no_files_beside_it_is_refused(index, tmp_path):
     """One line with the path; a file outside the folder is never opened."""
     folder = sharded(tmp_path, gpt2_tensors())
@@ -276,7 +241,7 @@ def test_an_index_that_names_no_files_beside_it_is_refused(index, tmp_path):
         load_gpt2(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "gpt2.pth"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "gpt2.pth"])
 def test_a_pickle_is_refused_and_nothing_in_it_runs(name, tmp_path):
     """As a file and as all that a folder holds; the message says how to get safetensors."""
 
@@ -302,49 +267,6 @@ def test_an_empty_place_and_our_own_checkpoint_are_told_apart(tmp_path):
         load_gpt2(tmp_path / "ours.safetensors")
 
 
-MEMORY = """
-import sys, threading, time
-sys.path.insert(0, {root!r})
-import gpt, gpt2_weights
-gpt.empty_model(gpt.GPTConfig(2, 1, 1, 1, 1), device="meta")  # the first one makes torch 2.10 import sympy, 31 MB
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-
-peak, done, before = [0], threading.Event(), anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-model = gpt2_weights.load_gpt2({source!r})
-done.set()
-thread.join()
-print((max(peak[0], anonymous()) - before) / sum(4 * p.numel() for p in model.parameters()))
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "TensorFlow"])
-def test_loading_claims_little_more_memory_than_the_model(kind, tmp_path):
-    """Anonymous memory grows by at most 1.15 times the model, 46 MB here, even where the file's data is not aligned."""
-    tensors = gpt2_tensors(V=8000, T=64, C=256, L=12)
-    if kind == "TensorFlow":
-        source = bundle(tmp_path, tensors)
-    else:
-        tensors["h.0.attn.bias"] = torch.ones(1, 1, 512, 512)
-        source = hf_folder(tmp_path, tensors, vocab_size=8000, n_positions=64, n_embd=256, n_layer=12)
-        content = (source / "model.safetensors").read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        shifted = (length + 3).to_bytes(8, "little") + content[8 : 8 + length] + b"   " + content[8 + length :]
-        (source / "model.safetensors").write_bytes(shifted)
-    code = MEMORY.format(root=ROOT, source=str(source))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert 0.3 < float(done.stdout) < 1.15  # less than 1 where the model takes memory that was freed before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,8 +373,8 @@ def test_a_damaged_index_ends_in_one_line(tmp_path):
     bundle(tmp_path, {name: tensor for name, tensor in gpt2_tensors(C=8, L=1).items() if name.startswith("w")})
     path = tmp_path / "model.ckpt.index"
     content, refused = path.read_bytes(), 0
-    damaged = [content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
-               for place in range(len(content)) for bit in (0x10, 0x80)]
+    damaged = [content[:place] + bytes([content[place] ^ 0x80]) + content[place + 1 :]
+               for place in range(len(content))]
     for bad in damaged + [content[:length] for length in range(len(content))]:
         path.write_bytes(bad)
         try:
@@ -461,22 +383,6 @@ def test_a_damaged_index_ends_in_one_line(tmp_path):
             assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 700
             refused += 1
     assert refused > len(content)  # the truncated ones, and more
-
-
-def test_data_that_is_cut_short_names_the_tensor(tmp_path):
-    """A file cut short, an empty and a missing one are refused."""
-    bundle(tmp_path, gpt2_tensors(C=8, L=1))
-    path = tmp_path / "model.ckpt.data-00000-of-00001"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="model.ckpt.index .*'model/wte': .*does not fit"):
-        load_gpt2(tmp_path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match="does not fit"):
-        load_gpt2(tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="model.ckpt.data-00000-of-00001"):
-        load_gpt2(tmp_path)
 
 
 FOUR = torch.zeros(4)
@@ -488,8 +394,6 @@ FOUR = torch.zeros(4)
     (dict(header=b"\xff"), "'header'"),
     (dict(kind=1), "compressed"),
     (dict(entries={"model/x": entry(FOUR, 0, dtype=7)}), "'model/x': type 7"),
-    (dict(entries={"model/x": entry(FOUR, 0, dtype=3)}), "'model/x': type 3"),
-    (dict(entries={"model/x": b""}), "'model/x': type 0"),
     (dict(entries={"model/x": entry(FOUR, 0, extra=field(7, b""))}), "'model/x': .*slices"),
     (dict(entries={"model/x": entry(FOUR, 0, shard=1)}), "'model/x': .*data file 1"),
     (dict(entries={"model/x": entry(FOUR, 2**62)}), "'model/x': its shape .* does not fit"),
@@ -497,7 +401,6 @@ FOUR = torch.zeros(4)
     (dict(entries={"model/x": entry(FOUR, 2)}), "'model/x': its shape .* does not fit the 16 bytes at 2"),
     (dict(entries={"model/x": field(1, 1) + field(2, field(2, field(1, 2**62)) * 2) + field(5, 16)}), "/x': its shape"),
     (dict(entries={"model/x": field(1, b"text")}), "'model/x': type"),
-    (dict(entries={"model/x": field(1, 1) + field(2, 5)}), "'model/x': "),
     (dict(entries={"model/x": field(1, 1) + field(2, field(2, field(1, 1)) * 99) + field(5, 4)}), "/x': its shape"),
     (dict(entries={"model/x": b"\x0b"}), "'model/x': 3"),
     (dict(entries={"model/x": b"\x12\x7f"}), "'model/x': .*cut off"),
@@ -515,27 +418,11 @@ def test_of_several_checkpoints_the_named_one_is_taken(tmp_path):
     """Fault 36: model-200.index beside model-100.index, by its name; a folder of two is refused."""
     for seed, name in ((1, "model-100"), (2, "model-200")):
         bundle(tmp_path / "both", gpt2_tensors(seed=seed), name=name)
-        bundle(tmp_path / name, gpt2_tensors(seed=seed))
-        assert bits(load_gpt2(tmp_path / "both" / f"{name}.index")) == bits(load_gpt2(tmp_path / name))
     with pytest.raises(ValueError, match="one .index file, not 2; name the one to read"):
         load_gpt2(tmp_path / "both")
     out = tmp_path / "out.safetensors"
     assert main(["import", "--source", str(tmp_path / "both" / "model-100.index"), "--out", str(out)]) == 0
-    assert bits(gpt.load_checkpoint(out)[0]) == bits(load_gpt2(tmp_path / "model-100"))
-
-
-@pytest.mark.peer
-def test_a_checkpoint_written_by_tensorflow_is_read(tmp_path):
-    """Every tensor comes back bit for bit from the bundle that TensorFlow's own SaveV2 wrote, under its own CRCs."""
-    tensorflow = pytest.importorskip("tensorflow")
-    tensors = {openai_name(name): tensor[None] if openai_name(name).endswith("/w") else tensor
-               for name, tensor in gpt2_tensors().items()}
-    tensorflow.raw_ops.SaveV2(prefix=str(tmp_path / "model.ckpt"), tensor_names=list(tensors),
-                              shape_and_slices=[""] * len(tensors), tensors=[t.numpy() for t in tensors.values()])
-    bundle(tmp_path / "ours", gpt2_tensors())
-    (tmp_path / "ours" / "hparams.json").rename(tmp_path / "hparams.json")
-    found, _ = read_tf_checkpoint(tmp_path)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert bits(gpt.load_checkpoint(out)[0]) == bits(load_gpt2(bundle(tmp_path / "one", gpt2_tensors(seed=1))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,53 +468,6 @@ def test_a_damaged_or_other_file_under_a_published_name_is_refused(small_gpt2, m
         load_gpt2("gpt2")
 
 
-class Letters:
-    """A stand-in for GPT-2's tokenizer: one id below 101 for each character."""
-
-    def encode(self, text):
-        return [ord(character) % 101 for character in text]
-
-
-def test_the_self_test_tells_right_weights_from_wrong_ones(tmp_path):
-    """With the figures of the model itself everything passes, after one slip in the weights something fails."""
-    config = dataclasses.replace(TINY, context_length=300)
-    torch.manual_seed(0)
-    model, text = gpt.GPTModel(config).eval(), "It was a dark and stormy night. " * 100
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(20)  # sure of its choices, so that slips matter
-    ids = torch.tensor([Letters().encode(text[: 9 * len(text) // 10])[: 256 * 11 + 1]])
-    with torch.no_grad():
-        rows = [torch.nn.functional.cross_entropy(model(ids[:, i : i + 256])[0], ids[0, i + 1 : i + 257]).item()
-                for i in range(0, 256 * 11, 256)]
-    validation = gpt2_weights.window_loss(model, Letters().encode(text[9 * len(text) // 10 :]))
-    gpt2_weights.PUBLISHED["test"] = gpt2_weights.Published("", "", losses=(sum(rows) / 11, validation))
-    try:
-        results = list(gpt2_weights.self_test(model, Letters(), "test", text))
-        assert len(results) == 2 and all(passed for *_, passed in results), results
-        with torch.no_grad():
-            model.trf_blocks[1].attn.qkv.weight.copy_(model.trf_blocks[1].attn.qkv.weight.flip(0))
-        assert not any(passed for *_, passed in gpt2_weights.self_test(model, Letters(), "test", text))
-    finally:
-        del gpt2_weights.PUBLISHED["test"]
-
-
-def test_the_windows_of_the_loss_are_those_of_the_book(real_data, gpt2_tokenizer):
-    """The-verdict gives 18 windows for training and 2 for validation, 4,608 + 512 tokens, as published."""
-    text, seen = real_data("the-verdict.txt").read_text(encoding="utf-8"), []
-
-    def model(window):
-        seen.append(window)
-        return torch.zeros(1, window.shape[1], 50257)
-
-    cut = int(0.9 * len(text))
-    assert abs(gpt2_weights.window_loss(model, gpt2_tokenizer.encode(text[:cut])) - math.log(50257)) < 1e-3
-    assert len(seen) == 18 and sum(window.shape[1] - 1 for window in seen) == 4608
-    seen.clear()
-    gpt2_weights.window_loss(model, gpt2_tokenizer.encode(text[cut:]))
-    assert len(seen) == 2 and sum(window.shape[1] - 1 for window in seen) == 512
-
-
 def test_without_the_files_the_check_says_that_it_could_not(tmp_path, monkeypatch, capsys):
     """Nothing was verified, so this is no success; the line names the command that helps."""
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
@@ -636,8 +476,8 @@ def test_without_the_files_the_check_says_that_it_could_not(tmp_path, monkeypatc
     assert error.count("\n") == 1 and "could not check" in error and "gpt2_weights.py get --model gpt2" in error
 
 
-def test_check_prints_fail_for_weights_that_are_not_gpt2s(small_gpt2, monkeypatch, capsys, gpt2_tokenizer, real_data):
-    """Random weights of GPT-2's vocabulary under its name: every line says FAIL, and the status is 1."""
+def test_check_tells_right_weights_from_wrong_ones(small_gpt2, monkeypatch, capsys, gpt2_tokenizer, real_data):
+    """Random weights under GPT-2's name: FAIL and status 1; with their own losses as the published ones: pass."""
     config = gpt.GPTConfig(50257, 300, 8, 2, 1, qkv_bias=True, tie_weights=True)
     hf_folder(small_gpt2, gpt2_tensors(V=50257, T=300, C=8, L=1), vocab_size=50257, n_positions=300, n_embd=8, n_head=2,
               n_layer=1)
@@ -648,6 +488,17 @@ def test_check_prints_fail_for_weights_that_are_not_gpt2s(small_gpt2, monkeypatc
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("FAIL  ") for line in lines) and "3.7547" in lines[0]
+    model, text, losses = load_gpt2("gpt2"), text.decode(), []
+    for part in (text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]):
+        ids = torch.tensor(gpt2_tokenizer.encode(part))
+        n = (len(ids) - 1) // 256 * 256
+        assert n == (512 if losses else 4608)  # the book's 18 and 2 windows
+        with torch.no_grad():
+            logits = model(ids[:n].view(-1, 256))
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1 : n + 1]).item())
+    monkeypatch.setitem(gpt2_weights.PUBLISHED, "gpt2",
+                        gpt2_weights.PUBLISHED["gpt2"]._replace(losses=tuple(losses)))
+    assert main(["check"]) == 0 and capsys.readouterr().out.count("pass  ") == 2
 
 
 @pytest.mark.slow
@@ -672,11 +523,6 @@ def test_import_makes_a_checkpoint_of_ours(small_gpt2, tmp_path, capsys):
     assert loaded.config == config and info["source"] == str(tmp_path / "hf")
     assert torch.equal(loaded(IDS), model.eval()(IDS))
     assert again.encode("lowest pad") == tokenizer.encode("lowest pad") and again.pad_id == tokenizer.pad_id == 261
-    before = bits(load_gpt2(tmp_path / "hf"))
-    for source in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors"):
-        assert main(["import", "--source", str(source), "--out", str(tmp_path / "hf" / "model.safetensors")]) == 2
-        assert "exists; give another --out" in capsys.readouterr().err
-    assert bits(load_gpt2(tmp_path / "hf")) == before
     for name in ("tokenizer.json", "tokenizer_config.json"):  # as older versions of transformers wrote it
         (tmp_path / "hf" / name).unlink()
     assert main(["import", "--source", str(tmp_path / "hf"), "--out", str(out)]) == 2  # never over a file
@@ -717,9 +563,6 @@ def test_an_own_tokenizer_is_never_replaced_by_gpt2s(tmp_path, capsys, gpt2_toke
     folder = hf_folder(tmp_path / "padded", gpt2_tensors(V=50304, T=8, C=8, L=1), **{**shape, "vocab_size": 50304})
     model, tokenizer, error = imported(folder, capsys)
     assert tokenizer is None and "holds no tokenizer.json or vocab.json" in error and model.config.vocab_size == 50304
-    gpt2_weights.export_tokenizer(gpt2_tokenizer, folder, 8)  # with GPT-2's files beside it the padding is known
-    model, tokenizer, error = imported(folder, capsys)
-    assert model.config.vocab_size == tokenizer.vocab_size == 50257 and "50304 rows cropped" in error
 
 
 def test_a_tokenizer_larger_than_the_model_is_left_out(tmp_path, capsys):
@@ -774,11 +617,7 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, status, message, capsys
 def test_out_and_in_again_gives_the_same_bits(tied, bias, exact, tmp_path):
     """Config, weights and tying survive for every config that we can train; two exports are the same file."""
     config = gpt.GPTConfig(101, 16, 48, 4, 2, drop_rate=0.25, qkv_bias=bias, tie_weights=tied, exact_gelu=exact)
-    torch.manual_seed(1)
-    model = gpt.GPTModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)  # biases and norms too
+    model = ready_model(config)
     export_gpt2(model, tmp_path / "out")
     again = load_gpt2(tmp_path / "out")
     assert again.config == config and bits(again) == bits(model)
@@ -818,7 +657,6 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
     config = dataclasses.replace(TINY, vocab_size=260, qkv_bias=False)
     gpt.save_checkpoint(tmp_path / "m.safetensors", gpt.GPTModel(config), tokenizer)
     assert main(["export", "--source", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "hf")]) == 0
-    assert "zeros are written" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
         "config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json",
         "tokenizer_config.json"}
@@ -836,10 +674,6 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
         assert main(["export", "--source", str(source), "--out", str(tmp_path / "run")]) == 2
         assert "no earlier export; give another --out" in capsys.readouterr().err
     assert checkpoint.read_bytes() == (tmp_path / "m.safetensors").read_bytes()
-    words = WordTokenizer([f"word{i}" for i in range(101)])
-    gpt.save_checkpoint(tmp_path / "w.safetensors", gpt.GPTModel(TINY), words)
-    assert main(["export", "--source", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "w")]) == 0
-    assert "word tokenizer is left out" in capsys.readouterr().err and not (tmp_path / "w" / "vocab.json").exists()
 
 
 def test_the_tokenizer_of_gpt2_is_exported_whole(tmp_path, gpt2_tokenizer):
@@ -856,7 +690,7 @@ def test_the_tokenizer_of_gpt2_is_exported_whole(tmp_path, gpt2_tokenizer):
     assert len(whole["model"]["merges"]) == 50_000 and whole["added_tokens"][0]["id"] == 50256
 
 
-def test_no_tokenizer_of_another_export_stays_beside_a_model(tmp_path, capsys):
+def test_no_tokenizer_of_another_export_stays_beside_a_model(tmp_path):
     """transformers would load it with the new weights; the folder is named and nothing in it has changed."""
     tokenizer = BPETokenizer.train(["low lower lowest newer wider " * 5], 260)
     own = gpt.GPTModel(dataclasses.replace(TINY, vocab_size=260))
@@ -864,10 +698,6 @@ def test_no_tokenizer_of_another_export_stays_beside_a_model(tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="holds vocab.json, .*, tokenizer_config.json of another export"):
         export_gpt2(gpt.GPTModel(TINY), tmp_path)
-    words = WordTokenizer([f"word{i}" for i in range(101)])
-    gpt.save_checkpoint(tmp_path.parent / "w.safetensors", gpt.GPTModel(TINY), words)
-    assert main(["export", "--source", str(tmp_path.parent / "w.safetensors"), "--out", str(tmp_path)]) == 1
-    assert "of another export" in capsys.readouterr().err
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 260}')  # of an old version of transformers
     with pytest.raises(ValueError, match="holds added_tokens.json of another export"):
         export_gpt2(own, tmp_path, tokenizer)
@@ -981,19 +811,13 @@ def test_a_gguf_file_holds_the_model(tied, bias, dtype, tmp_path):
 
 
 def test_what_llama_cpp_cannot_run_is_not_exported(tmp_path, capsys):
-    """One line for each, and no file: other heads, adapters, no byte pairs, no end token, ambiguous or huge numbers."""
+    """One line for each, and no file: no tokenizer, no end token, ambiguous or huge numbers."""
     bpe, path = BPETokenizer([], ("<|endoftext|>",)), tmp_path / "m.gguf"
     config = dataclasses.replace(TINY, vocab_size=257)
-    classifier, adapted, huge = (gpt.GPTModel(dataclasses.replace(config, tie_weights=False)) for _ in range(3))
-    classifier.out_head = torch.nn.Linear(48, 2)
-    adapted.trf_blocks[0].attn.qkv.lora_A = torch.nn.Parameter(torch.zeros(2, 48))
+    plain, huge = gpt.GPTModel(config), gpt.GPTModel(dataclasses.replace(config, tie_weights=False))
     huge.out_head.weight.data[0, 0] = 7e4
-    plain = gpt.GPTModel(config)
     for model, tokenizer, dtype, message in (
-            (classifier, bpe, "f16", "only a language model"), (adapted, bpe, "f16", "lora.py merge"),
             (plain, None, "f16", "llama.cpp needs a tokenizer"), (plain, bpe, "q4_0", "dtype 'q4_0' is none of f32"),
-            (plain, WordTokenizer([f"w{i}" for i in range(257)]), "f16", "a word tokenizer cannot be exported"),
-            (plain, BPETokenizer([], ("<|endoftext|>", "x")), "f16", "258 tokens, the model 257"),
             (plain, BPETokenizer([], ("</s>",)), "f16", "the tokenizer has no .*endoftext"),
             (gpt.GPTModel(dataclasses.replace(config, vocab_size=258)), BPETokenizer([], ("<|endoftext|>", "a")), "f16",
              "has the text of another token"), (huge, bpe, "f16", "output.weight has weights too large for f16")):
@@ -1010,7 +834,7 @@ def test_the_export_command_writes_gguf(tmp_path, capsys):
     source, out = str(tmp_path / "m.safetensors"), str(tmp_path / "out" / "m.gguf")
     gpt.save_checkpoint(source, model, tokenizer, template="plain")
     assert main(["export", "--source", source, "--format", "gguf", "--out", out]) == 0
-    assert "m.gguf: 0." in (said := capsys.readouterr().out) and "tanh form" in said
+    assert "m.gguf: 0." in capsys.readouterr().out
     metadata, tensors = read_gguf(Path(out))
     assert metadata["general.file_type"] == 1 and tensors["blk.0.ffn_up.weight"][0] == 1
     template = metadata["tokenizer.chat_template"]
@@ -1018,122 +842,66 @@ def test_the_export_command_writes_gguf(tmp_path, capsys):
     for argv in (["--format", "gguf", "--out", out], ["--format", "gguf"], ["--out", out], ["--dtype", "f16"]):
         assert main(["export", "--source", source, *argv]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    char = CharTokenizer.train(TEXT)
-    gpt.save_checkpoint(source, gpt.GPTModel(dataclasses.replace(TINY, vocab_size=char.vocab_size)), char)
-    assert main(["export", "--source", source, "--format", "gguf", "--out", str(tmp_path / "c.gguf")]) == 1
-    assert capsys.readouterr().err == "error: a char tokenizer cannot be exported, only byte pairs\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Download, from a server on this machine
 
 
-class Server:
-    """A web server whose replies are given one by one: each a function of the request handler."""
-
-    def __init__(self):
-        self.replies, self.requests, outer = [], [], self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append((self.path, dict(self.headers)))
-                (outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0])(self)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        self.host = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.url = self.host + "/model.safetensors"
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def reply(status=200, body=b"", **headers):
-    """Return a reply with this body; `headers` with _ for -."""
-
-    def send(handler):
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return send
-
-
 @pytest.fixture
-def server(monkeypatch):
-    """Return a server on this machine, with no pauses before another try."""
+def server(monkeypatch, tmp_path):
+    """Return a web server of the files in tmp_path/web, with its address and the paths that were asked for."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *args):
+            server.requests.append(self.path)
+
     monkeypatch.setattr(data, "BACKOFF", (0.01, 0.01))
-    server = Server()
+    handler = functools.partial(Handler, directory=str(tmp_path / "web"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.requests, server.host = [], f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
-    server.close()
+    server.shutdown()
+    server.server_close()
 
 
-def test_get_downloads_checks_and_then_leaves_it_alone(server, small_gpt2, capsys, monkeypatch):
+PINNED = "openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e"
+
+
+def test_get_downloads_checks_and_then_leaves_it_alone(server, small_gpt2, tmp_path, capsys, monkeypatch):
     """From the host that HF_ENDPOINT names, at the pinned revision; the second call finds the file."""
     monkeypatch.setenv("HF_ENDPOINT", server.host + "/")
     content = (small_gpt2 / "model.safetensors").read_bytes()
-    (small_gpt2 / "model.safetensors").unlink()
-    server.replies = [reply(body=content)]
+    (tmp_path / "web" / PINNED).mkdir(parents=True)
+    (small_gpt2 / "model.safetensors").rename(tmp_path / "web" / PINNED / "model.safetensors")
     for _ in range(2):
         assert main(["get"]) == 0
         assert str(small_gpt2) in capsys.readouterr().out
-    assert [path for path, _ in server.requests] == [
-        "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors"]
+    assert server.requests == [f"/{PINNED}/model.safetensors"]
     assert (small_gpt2 / "model.safetensors.sha256").read_text().split() == [hashlib.sha256(content).hexdigest(),
                                                                               "model.safetensors"]
 
 
-def test_a_download_with_another_sha256_is_refused(server, small_gpt2, capsys, monkeypatch):
-    """The pinned sum, and where none is pinned the one that the host names; nothing stays under the final name."""
+def test_a_download_with_another_sha256_is_refused(server, small_gpt2, tmp_path, capsys, monkeypatch):
+    """Nothing stays under the final name."""
     monkeypatch.setenv("HF_ENDPOINT", server.host)
     (small_gpt2 / "model.safetensors").unlink()
-    server.replies = [reply(body=b"something else")]
-    assert main(["get"]) == 1 and "sha256" in capsys.readouterr().err
-    monkeypatch.setitem(gpt2_weights.PUBLISHED, "gpt2", gpt2_weights.PUBLISHED["gpt2"]._replace(sha256=""))
-    server.replies = [reply(body=b"something else", X_Linked_Etag='"%s"' % hashlib.sha256(b"the file").hexdigest())]
+    (tmp_path / "web" / PINNED).mkdir(parents=True)
+    (tmp_path / "web" / PINNED / "model.safetensors").write_bytes(b"something else")
     assert main(["get"]) == 1 and "sha256" in capsys.readouterr().err
     assert not (small_gpt2 / "model.safetensors").exists()
 
 
 def test_where_hugging_face_cannot_be_reached_openai_is_asked(server, small_gpt2, monkeypatch, tmp_path):
-    """The TensorFlow checkpoint arrives file by file, hparams.json last, and gives the same model; damage is seen."""
+    """The TensorFlow checkpoint arrives file by file, hparams.json last, and gives the same model."""
     wanted = bits(load_gpt2("gpt2"))
     for path in small_gpt2.iterdir():
         path.unlink()
-    source = bundle(tmp_path / "source", gpt2_tensors())
+    bundle(tmp_path / "web" / "models" / "124M", gpt2_tensors())
     monkeypatch.setattr(gpt2_weights, "OPENAI", server.host)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-
-    server.replies = [lambda handler: reply(body=(source / handler.path.split("/")[-1]).read_bytes())(handler)]
     assert bits(load_gpt2("gpt2")) == wanted
-    assert [path for path, _ in server.requests][-1] == "/models/124M/hparams.json"
-    path = small_gpt2.parent / "124M" / "model.ckpt.data-00000-of-00001"
-    content = path.read_bytes()
-    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    with pytest.raises(ValueError, match="model.ckpt.data-00000-of-00001: its sha256 is .* move the file away"):
-        load_gpt2("gpt2")
-
-
-def test_without_a_network_one_line_says_which_file_to_put_where(tmp_path, monkeypatch, capsys):
-    """Quickly, with address, size and place."""
-    monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(gpt2_weights, "OPENAI", "http://127.0.0.1:9")
-    monkeypatch.setattr(data, "BACKOFF", (0.01, 0.01))
-    started = time.monotonic()
-    assert main(["get"]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert time.monotonic() - started < 30 and error.startswith("error: ")
-    assert str(tmp_path / "gpt2" / "gpt2" / "model.safetensors") in error and "Traceback" not in error
-    assert "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors" in error
+    assert server.requests[-1] == "/models/124M/hparams.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1187,14 +955,8 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
 def test_what_we_train_loads_in_transformers(tied, bias, tmp_path):
     """Model and tokenizer through the Auto classes, for untied heads and missing biases too: logits, ids, text."""
     transformers = pytest.importorskip("transformers")
-    text = "Tom has 12 red balls, and Mia's dog (Bo) isn't here.\n\n  Naïve café – 日本 🙂 the the the "
-    tokenizer = BPETokenizer.train([text * 3], 300, ("<|endoftext|>", "<|pad|>"), split_digits=True)
-    torch.manual_seed(0)
-    config = gpt.GPTConfig(tokenizer.vocab_size, 32, 48, 4, 3, qkv_bias=bias, tie_weights=tied)
-    ours = gpt.GPTModel(config).eval()
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(5)
+    tokenizer = BPETokenizer.train([TEXT * 3], 300, ("<|endoftext|>", "<|pad|>"), split_digits=True)
+    ours = ready_model(gpt.GPTConfig(tokenizer.vocab_size, 32, 48, 4, 3, qkv_bias=bias, tie_weights=tied))
     export_gpt2(ours, tmp_path, tokenizer, data.chat_template("alpaca"))
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -1205,12 +967,13 @@ def test_what_we_train_loads_in_transformers(tied, bias, tmp_path):
                              eos_token_id=None)
     assert greedy.tolist() == gpt.generate(ours, IDS, 12, temperature=0).tolist()
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for sample in (text, " leading", "trailing  ", "\t\n\r\n", "1234567", "", "unseen Ωδ words", text[::-1]):
+    for sample in set(HARD) - {"<|endoftext|>"}:
         ids = tokenizer.encode(sample)
         assert peer(sample)["input_ids"] == ids and peer.decode(ids, clean_up_tokenization_spaces=False) == sample
     assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (tokenizer.eot_id, tokenizer.pad_id, 300)
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
-    assert peer.apply_chat_template(messages, tokenize=False) == data.format_prompt({"prompt": "What is 2 + 3?"}, "alpaca")
+    prompt = data.format_prompt({"prompt": "What is 2 + 3?"}, "alpaca")
+    assert peer.apply_chat_template(messages, tokenize=False) == prompt
     assert peer("a<|endoftext|>b")["input_ids"] == tokenizer.encode("a<|endoftext|>b", allowed_special="all")
     theirs.save_pretrained(tmp_path / "again")
     again = load_gpt2(tmp_path / "again")
@@ -1245,46 +1008,6 @@ def test_what_transformers_saved_comes_back(change, tmp_path, capsys):
         for sample in (text, "  Wider\n\n", "naïve 日本 123"):
             assert tokenizer.encode(sample) == peer(sample)["input_ids"]
     assert (tokenizer is None) == (change == "trained anew")
-
-
-@pytest.mark.peer
-def test_gpt2s_own_tokenizer_loads_in_transformers(tmp_path, gpt2_tokenizer):
-    """The export of tiktoken's vocabulary gives the same ids through AutoTokenizer."""
-    transformers = pytest.importorskip("transformers")
-    config = gpt.GPTConfig(50257, 8, 8, 2, 1, qkv_bias=True, tie_weights=True)
-    export_gpt2(gpt.GPTModel(config), tmp_path, gpt2_tokenizer)
-    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for sample in ("Hello, world. Is this-- a test?", "naïve 日本語 🙂🙂", "  spaces \n\n\t", "x=1;y=23456"):
-        assert peer(sample)["input_ids"] == gpt2_tokenizer.encode(sample)
-    assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (50256, 50256, 50257)
-
-
-@pytest.mark.peer
-@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
-def test_the_gguf_package_reads_our_files(dtype, tmp_path):
-    """Every tensor, dequantized by the package, and metadata of each kind; its blocks of q8_0 are ours."""
-    gguf = pytest.importorskip("gguf")
-    tokenizer = BPETokenizer.train([TEXT * 3], 300)
-    model = ready_model(gpt.GPTConfig(300, 16, 32, 4, 2, qkv_bias=True, tie_weights=True))
-    gpt2_weights.export_gguf(model, tmp_path / "m.gguf", tokenizer, dtype)
-    reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert fields["tokenizer.ggml.tokens"] == [*tokenizer.names, "<|endoftext|>"]
-    assert fields["tokenizer.ggml.merges"] == tokenizer.merges and fields["tokenizer.ggml.eos_token_id"] == 299
-    assert fields["gpt2.block_count"] == 2 and abs(fields["gpt2.attention.layer_norm_epsilon"] - 1e-5) < 1e-11
-    known = {gguf.TENSOR_NAMES[tensor].format(bid=i) for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2]
-             for i in range(2)}
-    assert {tensor.name.rpartition(".")[0] for tensor in reader.tensors} == known - {"output"}
-    state = list(model.state_dict().values())
-    assert len(reader.tensors) == len(state) - 1
-    for tensor, right in zip(reader.tensors, state):
-        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        step = {"F32": 0, "F16": 2**-11, "Q8_0": 1 / 254 + 2**-11}[tensor.tensor_type.name] * right.abs().max()
-        assert (found - right).abs().max() <= step * 1.01, tensor.name
-        if tensor.tensor_type.name == "Q8_0":
-            theirs = torch.from_numpy(gguf.quants.quantize(right.detach().numpy(), tensor.tensor_type))
-            difference = theirs.view(torch.int8).int() - torch.from_numpy(tensor.data.copy()).view(torch.int8).int()
-            assert (difference != 0).float().mean() < 1e-4 and difference.abs().max() <= 1  # ties round to even here
 
 
 @pytest.mark.peer
