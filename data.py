@@ -6,11 +6,10 @@
     python data.py prepare --data verdict --tokenizer gpt2    4,612 + 534 tokens, 3 seconds
     python data.py prepare --data "verdict:0.7,my.txt:0.3"    a mixture: shares of characters
 
-Reads UTF-8, compressed (.gz) or not: text (.txt, .md, .py, folders, .jsonl with `text`), labels (label<TAB>text, .csv,
-.jsonl), instructions and conversations (see `conversation`), preferences (see `preference`), multiple choice.
+Reads UTF-8, compressed (.gz) or not: text (see `texts`), labels (see `read_labelled`), instructions and conversations
+(see `conversation`), preferences (see `preference`), multiple choice (see `read_choices`).
 Writes downloads to $DATA_DIR (default data/), and data/prepared/<fingerprint>/{train,val}.bin: little-endian uint16
-token ids (uint32 above 65,536 entries), each with a .json beside it: counts, hashes, bytes of text for bits per byte.
-Works alone; downloads, token files and commands need gpt.py beside it.
+token ids (uint32 above 65,536 entries), each with a .json beside it. Works alone; commands need gpt.py beside it.
 """
 
 import array
@@ -118,10 +117,8 @@ def fetch(name):
 
 
 def download(url, path, sha256=""):
-    """Return the sha256 of `path`, filled with the body of `url` once all of it is there and verified.
-
-    Without `sha256` the host's (X-Linked-Etag) counts, if it names one. A lost connection or a busy server is tried
-    again. Raises OSError, or ValueError for another body than expected."""
+    """Return the sha256 of `path`, filled with the body of `url` once all of it is there and verified: by `sha256`, or
+    by the X-Linked-Etag of the host. Tries three times; raises OSError, or ValueError for another body."""
     import requests  # here, because it costs 0.1 s at every start
     from gpt import replacing
     from requests.packages.urllib3.exceptions import HTTPError
@@ -264,9 +261,8 @@ def mixed(source, separator=""):
 def texts(source, separator=""):
     """Yield the documents of a source as strings; ValueError if there is none.
 
-    A source is a dataset's name, tinyworld/instructions, a file, a folder (its files in order of their paths), a .jsonl
-    file (a document per line), or a mixture `a:0.3,b:0.7` (pieces of 4,000 characters, 30% of all from a and 70% from
-    b). `separator` divides a text file, as <|endoftext|> in TinyStories."""
+    A source is a dataset's name, tinyworld/instructions, a text file (.txt, .md, .py; `separator` divides it), a .jsonl
+    file (a `text` per line), a folder of these, or a mixture `a:0.3,b:0.7` (pieces, 30% of the characters from a)."""
     document = None
     for document in documents(source, separator):
         yield "".join(document)
@@ -328,7 +324,7 @@ def text_field(entry, key, place, default=None):
 
 
 def read_labelled(source, labels=None):
-    """Return the (label, text) pairs of a labeled file or dataset; ValueError for a label that is not in `labels`."""
+    """Return the (label, text) pairs of label<TAB>text, .csv or .jsonl; ValueError for a label not in `labels`."""
     pairs = []
     for place, entry in records(locate(source, "messages")):
         label = str(entry["label"]) if type(entry.get("label")) is int else text_field(entry, "label", place).strip()
@@ -348,11 +344,9 @@ FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), 
 
 
 def read_conversations(source):
-    """Return the entries of a file or dataset of instructions or conversations: dicts of `messages` (see
-    `conversation`), and `kind` where it is text.
+    """Return the entries of a file or dataset: dicts of `messages` (see `conversation`), and `kind` where it is text.
 
-    A last question without an answer is cut off; entries with an empty answer, or none, are left out. Both are counted
-    on stderr."""
+    A last question without an answer is cut off, entries with an empty answer or none left out; stderr counts both."""
     entries, cut, empty = [], 0, []
     for place, entry in records(locate(source, "instructions")):
         messages = conversation(entry, place)
@@ -369,8 +363,7 @@ def read_conversations(source):
     if cut:
         note(f"{source}: {cut} of {total} conversations end with a question without an answer; it is cut off")
     if empty:
-        note(f"{source}: {len(empty)} of {total} entries have an empty 'output' or no answer and are left out, the "
-             f"first is {empty[0]}")
+        note(f"{source}: {len(empty)} of {total} entries have an empty 'output' or none, so are left out: {empty[0]}")
     return entries
 
 
@@ -617,14 +610,11 @@ def epoch_order(n, seed, epoch):
 
 
 def order_by_length(lengths, batch_size, seed, epoch, window=8):
-    """Return an epoch's order (n,) int64 in which the items of a batch have similar lengths, so that little is padding.
+    """Return an epoch's order (n,) int64 in which the items of a batch have similar `lengths` (n,): less padding.
 
-    Stretches of `window` batches of `epoch_order` are sorted by `lengths` (n,), then the batches are shuffled; what
-    fills no batch comes last. A wider window pads less and mixes less."""
+    Stretches of `window` batches are sorted by length, then batches are shuffled; what fills no batch comes last."""
     order, lengths = epoch_order(len(lengths), seed, epoch), torch.as_tensor(lengths)
     full = len(order) // batch_size * batch_size
-    if not full:
-        return order
     stretches = [part[lengths[part].argsort(stable=True)] for part in order[:full].split(window * batch_size)]
     batches = torch.cat(stretches).view(-1, batch_size)
     batches = batches[torch.randperm(len(batches), generator=seeded("batches", seed, epoch))]

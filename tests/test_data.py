@@ -197,14 +197,14 @@ def test_only_web_addresses_are_downloaded(tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_can_fetch_and_prepare_at_once(server, tmp_path):
-    """Three processes start from nothing in one folder; all end well and agree."""
+    """Two processes start from nothing in one folder; both end well and agree."""
     code = ("import sys, data; sys.path.append('tests'); from test_data import Characters; "
             f"data.DATASETS['story'] = data.Dataset('corpus', '', '', '', 'story.txt', '{sha(BODY)}', "
             f"['{server.address}/slow']); print(data.prepare('story', Characters()))")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "NO_PROXY": "127.0.0.1"}
-    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
     folders = {run.communicate()[0].decode() for run in runs}
-    assert [run.returncode for run in runs] == [0, 0, 0] and len(folders) == 1
+    assert [run.returncode for run in runs] == [0, 0] and len(folders) == 1
     assert len(data.load_tokens(Path(folders.pop().strip()) / "val.bin")) == len(BODY) - len(BODY) * 9 // 10
 
 
@@ -213,19 +213,6 @@ def test_a_second_address_serves_where_the_first_does_not(offer):
     offer("404", "login", "good", "never")
     assert data.fetch("story").read_bytes() == BODY
     assert Server.seen == {"404": 1, "login": 1, "good": 1}
-
-
-def test_without_network_one_line_says_which_file_to_put_where(offer, capsys, monkeypatch):
-    """The line names the address, the reason and the place; nothing is left behind."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    offer(f"http://127.0.0.1:{port}/story")
-    assert data.main(["show", "story"]) == 1
-    *retries, line = capsys.readouterr().err.strip().split("\n")
-    assert len(retries) == 2 and all("trying again" in retry for retry in retries)
-    assert f"http://127.0.0.1:{port}/story" in line and os.path.join("data", "story.txt") in line and "DATA_DIR" in line
-    assert not Path("data").exists()
 
 
 def test_a_file_in_data_dir_is_used_and_one_with_a_wrong_sum_reported_not_touched(offer, monkeypatch, capsys):
@@ -259,7 +246,7 @@ def test_of_a_zip_only_the_expected_member_is_read(offer, server, tmp_path):
     assert not (tmp_path.parent / "evil").exists() and not Path("/tmp/evil_of_test_data").exists()
 
 
-@pytest.mark.parametrize("archive", [b"no zip", zipped(("story.txt", b"other")), zipped(("story.txt", bytes(300_000)))])
+@pytest.mark.parametrize("archive", [b"no zip", zipped(("story.txt", b"other"))])
 def test_another_zip_than_the_pinned_one_is_never_opened(offer, server, archive):
     """Whatever it holds, its sha256 gives it away; the file in it has one of its own."""
     server.zip = archive
@@ -309,7 +296,6 @@ def test_a_separator_makes_documents_wherever_reading_pauses(stories, size, monk
 def test_token_files_of_stories_end_each_with_the_end_of_text(stories, gpt2_tokenizer):
     """As tiktoken encodes each story by itself; without the separator it is plain characters."""
     import tiktoken
-
     path, items = stories
     folder = data.prepare(path, gpt2_tokenizer, "<|endoftext|>")
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
@@ -333,29 +319,6 @@ def test_a_dataset_brings_its_separator_and_another_one_works_too(stories, monke
     assert "====" not in "".join(data.texts("other.txt,stories.txt", "===="))
     with pytest.raises(ValueError, match="'a b' must not hold white space"):
         list(data.texts("other.txt", "a b"))
-
-
-PEAK = """
-import re, sys
-sys.path.insert(0, sys.argv[1])
-import data
-from tokenizer import CharTokenizer
-data.prepare(sys.argv[2], CharTokenizer.train(["Once upon a time, there was 0123456789.\\n"]), "<|endoftext|>")
-print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024)"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_memory_is_flat_however_long_the_stories(tmp_path):
-    """Peak memory of preparing 10 MB beside that of 1 MB: less than 4 MiB more."""
-    story = "Once upon a time, there was 12345.\n" * 20 + "<|endoftext|>\n"
-    peaks = []
-    for size in (1_000_000, 10_000_000):
-        (tmp_path / "s.txt").write_text(story * (size // len(story)), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-c", PEAK, str(Path(data.__file__).parent), "s.txt"], cwd=tmp_path,
-                              capture_output=True, text=True, check=True, timeout=600)
-        peaks.append(float(done.stdout))
-    assert peaks[1] - peaks[0] < 4, peaks
 
 
 @pytest.mark.parametrize("name", ["verdict", "shakespeare", "sms_spam", "instructions", "preferences"])
@@ -423,7 +386,6 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert data.read_labelled("S.CSV") == [("ham", "hi")]
 
 
-@pytest.mark.slow
 def test_a_line_of_any_length_costs_linear_time(tmp_path):
     """Four times the line, about four times the processor's time, not sixteen times."""
     seconds = {}
@@ -486,20 +448,6 @@ def test_tiny_shakespeare_has_the_published_numbers_of_tokens(gpt2_tokenizer, re
     assert [i["characters"] for i in info] == [i["bytes"] for i in info] == [1_003_854, 111_540]
 
 
-def test_many_documents_are_joined_by_the_end_of_text(tmp_path):
-    """Nine of ten documents train, each followed by the end of text, and decode to what went in, bytes counted."""
-    lines = [f"document {i} é" for i in range(10)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    folder = data.prepare("a.jsonl", Characters())
-    train, val = (decode(data.load_tokens(folder / f"{part}.bin")).split(chr(299)) for part in ("train", "val"))
-    assert train == lines[:9] + [""] and val == lines[9:] + [""]
-    info = data.token_info(folder / "train.bin")
-    assert info["bytes"] == sum(len(line.encode()) for line in lines[:9]) == 9 * 13
-    assert info["tokens"] == 9 * 12 + 9 and info["documents"] == 9
-    folder = data.prepare("a.jsonl", Characters(eot=False))
-    assert decode(data.load_tokens(folder / "train.bin")) == "".join(lines[:9])
-
-
 @pytest.mark.parametrize("specials", [False, True])
 def test_prepared_files_are_those_of_a_plain_loop(specials, tmp_path):
     """Short and long documents in order, each with its end of text."""
@@ -515,6 +463,9 @@ def test_prepared_files_are_those_of_a_plain_loop(specials, tmp_path):
             ids.extend(tokenizer.encode_array(one).tolist())
             ids.extend([tokenizer.eot_id] if specials else [])
         assert (folder / f"{part}.bin").read_bytes() == ids.tobytes() and len(ids) > 1000
+        info = data.token_info(folder / f"{part}.bin")
+        assert (info["tokens"], info["documents"]) == (len(ids), len(wanted))
+        assert info["bytes"] == len("".join(wanted).encode()) > info["characters"] == len("".join(wanted))
 
 
 def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(tmp_path):
@@ -560,22 +511,6 @@ def test_empty_documents_at_the_end_do_not_empty_the_validation_part(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, "", "", ""]))
     folder = data.prepare("a.jsonl", Characters())
     assert decode(data.load_tokens(folder / "val.bin")) == lines[9] + chr(299)
-
-
-def test_a_single_document_is_cut_by_characters_and_gets_no_end(tmp_path):
-    """The last tenth of the characters validates; train and val join to the text."""
-    text = "".join(random.Random(1).choices("ab \n", k=12_345))
-    (tmp_path / "a.txt").write_text(text, newline="")
-    folder = data.prepare("a.txt", Characters())
-    train, val = (decode(data.load_tokens(folder / f"{part}.bin")) for part in ("train", "val"))
-    assert train + val == text and len(train) == 11_110
-
-
-def test_a_special_token_in_the_text_is_plain_text(gpt2_tokenizer, tmp_path):
-    """Documents that spell <|endoftext|> add no id 50256 to those that join documents."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a <|endoftext|> b"}\n' * 20)
-    folder = data.prepare("a.jsonl", gpt2_tokenizer)
-    assert (data.load_tokens(folder / "train.bin").to(torch.int64) == 50256).sum() == 18
 
 
 def test_large_vocabularies_get_32_bits(tmp_path):
@@ -643,18 +578,19 @@ def test_a_missing_token_file_names_the_command(tmp_path):
         data.load_tokens(tmp_path / "train.bin")
 
 
-def test_memory_stays_flat_while_a_long_text_is_prepared(tmp_path):
-    """Nine MB of text, in one document, take little more than the block of one MB that is hashed at a time."""
+@pytest.mark.parametrize("separator", ["", "====\n"])
+def test_memory_stays_flat_while_a_long_text_is_prepared(tmp_path, separator):
+    """Nine MB of text, one document or many, take little more than the block of one MB that is hashed at a time."""
     with open(tmp_path / "a.txt", "w") as file:
         for i in range(200_000):
-            file.write(f"line {i} of a long story, all of it the same\n")
+            file.write(f"line {i} of a long story, all of it the same\n" + separator * (i % 20 == 0))
     tokenizer = Characters()
     tokenizer.encode_array = lambda text: array.array("I", [len(text) % 256])
     tracemalloc.start()
-    data.prepare("a.txt", tokenizer)
+    data.prepare("a.txt", tokenizer, separator)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (tmp_path / "a.txt").stat().st_size > 8e6 and peak < 1.3e6
+    assert (tmp_path / "a.txt").stat().st_size > 9e6 and peak < 1.3e6
 
 
 def test_an_interrupted_prepare_leaves_no_token_file(tmp_path, monkeypatch):
@@ -734,19 +670,6 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_fix():
     others = [data.epoch_order(1000, seed, epoch) for seed, epoch in ((1, 1), (2, 0), (0, 1), (0, 0))]
     assert not any(order.equal(other) for other in others) and not others[0].equal(others[2])
     assert data.epoch_order(8, 1, 0).tolist() == [3, 4, 2, 1, 5, 6, 7, 0]  # so that a run resumed elsewhere goes on
-
-
-def test_order_by_length_by_hand():
-    """Stretches of two batches of two are sorted by length, ties in the epoch's order; batches shuffled, the rest last."""
-    assert data.epoch_order(9, 5, 0).tolist() == [4, 3, 6, 2, 5, 1, 0, 7, 8]
-    lengths = [3, 1, 2, 3, 1, 2, 1, 2, 3]
-    batches = [[4, 6], [2, 3], [1, 5], [7, 0]]  # of lengths 1 1, 2 3, 1 2, 2 3
-    shuffle = torch.randperm(4, generator=data.seeded("batches", 5, 0)).tolist()
-    expected = [index for batch in shuffle for index in batches[batch]] + [8]
-    for given in (lengths, torch.tensor(lengths)):
-        assert data.order_by_length(given, 2, 5, 0, window=2).tolist() == expected
-    assert data.order_by_length([9, 9], 4, 5, 0).equal(data.epoch_order(2, 5, 0))  # no full batch
-    assert not data.order_by_length(lengths, 2, 5, 1, window=2).equal(torch.tensor(expected))
 
 
 def test_order_by_length_saves_padding_and_loses_nothing():
@@ -853,24 +776,6 @@ def test_half_a_character_in_json_is_replaced(tmp_path):
     """A lone surrogate would fail at the next write; whole pairs and other text are untouched."""
     (tmp_path / "a.jsonl").write_text('{"instruction": "a\\ud83dz \\ud83d\\ude42 \\ufffd", "output": "b"}')
     assert data.read_conversations("a.jsonl")[0]["messages"][0]["content"] == "a\ufffdz 🙂 \ufffd"
-
-
-def test_files_give_text_only(tmp_path):
-    """Keys of a data file that our own examples use too neither reach a table of results nor break it."""
-    entry = {"instruction": "a", "input": None, "output": "b", "unseen": True, "kind": ["a", "b"], "answer": 3}
-    (tmp_path / "a.json").write_text(json.dumps([entry, {**entry, "kind": "sums", "input": "c"}]))
-    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    assert data.read_conversations("a.json") == [
-        {"messages": [asked, answer]}, {"messages": [{**asked, "input": "c"}, answer], "kind": "sums"}]
-    pair = {"instruction": "a", "input": None, "chosen": "b", "rejected": "c", "unseen": True, "gold": "x"}
-    assert data.preference(pair) == {"instruction": "a", "input": "", "prompt": "a", "chosen": "b", "rejected": "c"}
-
-
-def test_a_human_turn_at_the_end_of_a_transcript_is_no_part_of_the_answer():
-    """What the model would learn to write is what the assistant said."""
-    talk = "\n\nHuman: Capital?\n\nAssistant:"
-    pair = data.preference({"chosen": talk + " Paris.\n\nHuman: Thanks!", "rejected": talk + " Rome."})
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Human: Capital?", "Paris.", "Rome.")
 
 
 def test_pairs_of_messages_are_read_in_every_usual_form():
@@ -1073,42 +978,3 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, words):
     assert data.main(argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
-
-
-def test_a_missing_tokenizer_or_source_is_one_line(capsys, small_world):
-    """Status 1, and the command that makes what is missing."""
-    pytest.importorskip("tokenizer")
-    assert data.main(["prepare"]) == 1
-    assert "python tokenizer.py train" in capsys.readouterr().err
-    assert not Path("data").exists()
-
-
-def test_help_shows_every_command_and_says_nothing_on_stderr():
-    """The man page is the module's docstring, and importing torch without numpy stays silent."""
-    run = subprocess.run([sys.executable, ROOT / "data.py", "--help"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and run.stderr == ""
-    assert run.stdout.startswith(data.__doc__.strip()[:60]) and all(f"\n  {word} " in run.stdout for word in (
-        "list", "get", "show", "prepare"))
-
-
-def test_the_file_works_alone(tmp_path):
-    """Copied by itself, data.py makes windows, reads a dataset of one's own, formats, collates, pads and splits."""
-    shutil.copy(ROOT / "data.py", tmp_path)
-    (tmp_path / "mine.tsv").write_text("good\tday\nbad\tluck\n")
-    (tmp_path / "mine.txt").write_text("some text")
-    code = """if True:
-        import data, torch
-        ids, targets = data.SlidingWindowDataset(torch.arange(9), 4, 4).batch([0, 1])
-        assert ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-        assert data.read_labelled("mine.tsv") == [("good", "day"), ("bad", "luck")]
-        assert list(data.texts("mine.txt")) == ["some text"]
-        assert data.format_prompt({"instruction": "Add.", "input": "2 and 3"}, "plain") == "Add.\\n 2 and 3\\n>"
-        assert data.collate([[1, 2], [3]], 0)[0].tolist() == [[1, 2], [3, 0]]
-        assert data.pad_left([[1, 2], [3]], 0)[0].tolist() == [[1, 2], [0, 3]]
-        assert [len(part) for part in data.split(range(20))] == [17, 1, 2] and data.tinyworld("messages", "val", 2)
-        try:
-            data.main(["list"])
-        except ImportError as error:
-            assert "gpt" in str(error)"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and run.stderr == "", run.stderr
