@@ -6,13 +6,10 @@
     python data.py prepare --data verdict --tokenizer gpt2    4,612 + 534 tokens, 3 seconds
     python data.py prepare --data "verdict:0.7,my.txt:0.3"    a mixture: shares of characters
 
-Reads UTF-8, compressed (.gz) or not: text (.txt, .md, .py, folders, .jsonl with `text`), labels (label<TAB>text, .csv,
-.jsonl), instructions and conversations (see `conversation`), preferences (see `preference`), multiple choice.
+Reads UTF-8, compressed (.gz) or not: text (see `texts`), labels (see `read_labelled`), instructions and conversations
+(see `conversation`), preferences (see `preference`), multiple choice (see `read_choices`).
 Writes downloads to $DATA_DIR (default data/), and data/prepared/<fingerprint>/{train,val}.bin: little-endian uint16
-token ids (uint32 above 65,536 entries), each with a .json beside it: counts, hashes, bytes of text for bits per byte.
-Works alone; downloads, token files and commands need gpt.py beside it.
-Differs from nanoGPT's loader: no token is left out of an epoch, the order depends on seed and epoch alone, so a resumed
-run continues where it stopped, and text never becomes special tokens.
+token ids (uint32 above 65,536 entries), each with a .json beside it. Works alone; commands need gpt.py beside it.
 """
 
 import array
@@ -29,7 +26,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # numpy is not used
@@ -38,8 +35,7 @@ import torch
 
 IGNORE = -100  # a target that no loss counts, PyTorch's own default
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Datasets by name, and their download
+# Datasets by name, and their download ---------------------------------------------------------------------------------
 
 BACKOFF = (1.0, 2.0)  # seconds before the second and third try
 RAW, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
@@ -99,7 +95,6 @@ def require(condition, message):
 def fetch(name):
     """Return the path of a dataset's file, downloaded where $DATA_DIR lacks it; ValueError or OSError if that fails."""
     from gpt import file_sha256, replacing
-
     require(name in DATASETS and DATASETS[name].file, f"no file belongs to dataset {name!r}; see: python data.py list")
     dataset, problems = DATASETS[name], []
     path = Path(os.environ.get("DATA_DIR") or "data", dataset.file)
@@ -122,29 +117,22 @@ def fetch(name):
 
 
 def download(url, path, sha256=""):
-    """Return the sha256 of `path`, filled with the body of `url`; the name stays free until all is there and verified.
-
-    Without `sha256` the host's (X-Linked-Etag) counts, if it names one. A lost connection or a busy server is tried
-    again. Raises OSError, or ValueError for another body than expected."""
+    """Return the sha256 of `path`, filled with the body of `url` once all of it is there and verified: by `sha256`, or
+    by the X-Linked-Etag of the host. Tries three times; raises OSError, or ValueError for another body."""
     import requests  # here, because it costs 0.1 s at every start
     from gpt import replacing
     from requests.packages.urllib3.exceptions import HTTPError
-
     for pause in (*BACKOFF, None):
         digest = hashlib.sha256()
         try:
             with requests.get(url, stream=True, timeout=30, headers={"Accept-Encoding": "identity"}) as response:
-                status = response.status_code
-                if status in (408, 429) or status >= 500:
-                    raise HTTPError(f"HTTP status {status}")
-                if status != 200:
-                    raise OSError(f"{url}: HTTP status {status}")
+                if response.status_code in (408, 429) or response.status_code >= 500:
+                    raise HTTPError(f"HTTP status {response.status_code}")
+                response.raise_for_status()
                 for answer in (*response.history, response):  # huggingface.co names it where it redirects
                     linked = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
                     sha256 = sha256 or (linked[1] if linked else "")
-                size = response.headers.get("Content-Length", "0")
-                if int(size) > 10_000_000:
-                    note(f"{url}: {int(size):,} bytes")
+                note(f"downloading {url}")
                 with replacing(path) as file:
                     while block := response.raw.read(1 << 20, decode_content=False):  # an HTTPError if it is cut
                         digest.update(block)
@@ -159,10 +147,9 @@ def download(url, path, sha256=""):
             time.sleep(pause)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# Text -----------------------------------------------------------------------------------------------------------------
 
-PIECE, MIXED = 1 << 17, 1 << 12  # characters read at a time; fewer where sources take turns, to keep to their shares
+PIECE = 1 << 12  # characters read at a time
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 
 
@@ -193,117 +180,110 @@ def decoded(path, size=0):
             raise ValueError(f"{path}: damaged .gz file ({error})") from None
         except UnicodeDecodeError as error:  # its offsets count from the first byte that was decoded last
             bad = file.buffer.tell() - len(error.object) + error.start
-            raise ValueError(f"{path}: not UTF-8 text at byte {bad}; convert it first (is it UTF-16?)") from None
+            raise ValueError(f"{path}: not UTF-8 text at byte {bad}; convert it first (UTF-16?)") from None
 
 
-def cut_pieces(blocks):
-    """Yield a text that comes in blocks in pieces which have, encoded apart, the GPT-2 tokens of the whole: they end
-    before a space or line end that a word follows, which the pattern never joins to what stands before it."""
+def pieces(path):
+    """Yield the text of a file in pieces that have, encoded apart, the GPT-2 tokens of the whole: each ends before a
+    space or line end that a word follows, which the pattern never joins to what stands before it."""
     held = ""
-    for block in blocks:
+    for block in decoded(path, PIECE):
         found = re.match(r".*(?=[ \n]\w)", block, re.DOTALL)
-        end = found.end() if found else 0
         if found:
-            yield held + block[:end]
-            held = ""
-        held += block[end:]
+            yield held + found[0]
+            held, block = "", block[found.end():]
+        held += block
     yield held
 
 
-def files_of(source):
-    """Return the text files of a source in order of their paths; in a folder, hidden ones are left out."""
-    root = locate(source, "corpus")
-    if not root.is_dir():
-        require(root.is_file(), f"{root} is a pipe or device, and text is read twice: save it to a file first")
-        require(ending(root) not in (".csv", ".tsv", ".json"),
-                f'{root} holds records, not text; put their text into a .jsonl file, a line {{"text": ...}} each')
-        return [root]
-    shown = [path for path in root.rglob("*") if "/." not in f"/{path.relative_to(root).as_posix()}"]
-    found = [path for path in shown if path.is_file()]
-    paths = sorted((path for path in found if ending(path) in SUFFIXES), key=Path.as_posix)
-    require(paths, f"{root} holds no {', '.join(SUFFIXES)} file")
-    if len(paths) < len(found):
-        note(f"{root}: {len(paths):,} text files; {len(found) - len(paths):,} files of other kinds are not read")
-    return paths
-
-
-def divided(stream, separator):
-    """Yield the documents between the separators of a text's pieces, each of which has them whole; white space beside
-    a separator goes."""
+def divided(path, separator):
+    """Yield the texts between the separators of a file, without white space around them, unless they are empty."""
     held = []
-    for piece in stream:
-        *ended, rest = piece.split(separator)
-        for part in ended:
-            yield "".join([*held, part]).strip()
-            held = []
-        held.append(rest)
-    yield "".join(held).strip()
+    for piece in itertools.chain(pieces(path), [separator]):
+        first, *others = piece.split(separator)  # no separator spans two pieces, as it holds no white space
+        held.append(first)
+        for part in others:
+            document = "".join(held).strip()
+            held = [part]
+            if document:
+                yield document
 
 
-def pieces(source, size=PIECE, separator=""):
-    """Yield (document number, piece of text) of a source (see `texts`) in order; ValueError if there is no text."""
-    source, number = str(source), -1
+def documents(source, separator=""):
+    """Yield the documents of a source (see `texts`), each as an iterable of its pieces: a long text stays on disk."""
+    source = str(source)
     separator = DATASETS[source].separator if source in DATASETS else separator.strip()
     require(not re.search(r"\s", separator), f"separator {separator!r} must not hold white space inside")
     if source == "tinyworld":
-        yield from enumerate(tinyworld("corpus", "train"))
+        yield from ([text] for text in tinyworld("corpus", "train"))
     elif source == "tinyworld/instructions":  # for the tokenizer, which needs the words of questions too
-        for number, entry in enumerate(tinyworld("instructions", "train", 28_000)):
-            yield number, format_prompt(entry, "plain") + format_response(entry["output"], "plain")
+        for entry in tinyworld("instructions", "train", 28_000):
+            yield [format_prompt(entry, "plain"), format_response(entry["output"], "plain")]
     elif source not in DATASETS and not os.path.exists(source) and re.search(r",|:[\d.]+$", source):
-        yield from enumerate(mixed(source, separator))
+        yield from ([piece] for piece in mixed(source, separator))
     else:
         for path in files_of(source):
-            first, stream = number + 1, cut_pieces(decoded(path, size))
             if ending(path) == ".jsonl":
-                items = enumerate(filter(None, (text_field(entry, "text", place) for place, entry in records(path))))
+                lines = (text_field(entry, "text", place) for place, entry in records(path))
+                yield from ([line] for line in lines if line)
             elif separator:
-                items = enumerate(filter(None, divided(stream, separator)))
-            else:
-                items = ((0, piece) for piece in stream if piece)
-            for number, piece in items:
-                number += first
-                yield number, piece
-        require(number >= 0, f"{source} is empty: it holds no text")
+                yield from ([document] for document in divided(path, separator))
+            elif any(decoded(path, 1)):  # it is not empty
+                yield pieces(path)
+
+
+def files_of(source):
+    """Return the text files of a source; in a folder those that are not hidden, in order of their paths."""
+    root = locate(source, "corpus")
+    if root.is_dir():
+        found = [path for path in root.rglob("*") if ending(path) in SUFFIXES and path.is_file()]
+        found = [path for path in found if "/." not in f"/{path.relative_to(root).as_posix()}"]
+        require(found, f"{root} holds no {', '.join(SUFFIXES)} file")
+        return sorted(found, key=Path.as_posix)
+    require(root.is_file() and ending(root) not in (".csv", ".tsv", ".json"),
+            f'{root} is no file of text; records go into a .jsonl file, a line {{"text": ...}} each')
+    return [root]
 
 
 def mixed(source, separator=""):
     """Yield pieces of the sources of `a:0.3,b:0.7`, each with its share of the characters, until one runs out."""
     parts = [re.fullmatch(r"\s*(.*?)(?::([\d.]+))?\s*", item).groups("1") for item in source.split(",")]
-    streams, weights = [pieces(name, MIXED, separator) for name, _ in parts], [float(weight) for _, weight in parts]
+    streams = [itertools.chain.from_iterable(documents(name, separator)) for name, _ in parts]
+    weights = [float(weight) for _, weight in parts]
     require(all(weights), f"{source}: a weight is not a positive number")
     given, turn = [0] * len(parts), 0
-    for _, piece in iter(lambda: next(streams[turn], None), None):
+    for piece in iter(lambda: next(streams[turn], None), None):
         yield piece
         given[turn] += len(piece)
         turn = min(range(len(parts)), key=lambda i: given[i] / weights[i])  # the one furthest behind its share
 
 
 def texts(source, separator=""):
-    """Yield the documents of a source as strings: a dataset's name, tinyworld/instructions, a file, a folder (its files
-    in order of their paths), a .jsonl file (a document per line), or a mixture `a:0.3,b:0.7` (pieces of 4,000
-    characters, 30% of all from a and 70% from b). `separator` divides a text file, as <|endoftext|> in TinyStories."""
-    for _, document in itertools.groupby(pieces(source, separator=separator), key=lambda item: item[0]):
-        yield "".join(piece for _, piece in document)
+    """Yield the documents of a source as strings; ValueError if there is none.
+
+    A source is a dataset's name, tinyworld/instructions, a text file (.txt, .md, .py; `separator` divides it), a .jsonl
+    file (a `text` per line), a folder of these, or a mixture `a:0.3,b:0.7` (pieces, 30% of the characters from a)."""
+    document = None
+    for document in documents(source, separator):
+        yield "".join(document)
+    require(document is not None, f"{source} is empty: it holds no text")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records: labels, instructions, preferences
+# Records: labels, instructions, preferences, choices ------------------------------------------------------------------
 
 
 def csv_rows(path):
     """Yield (place, dict) for each row of a .csv file with a header; strict, so that a lost quote swallows no rows."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts above 131,072 characters
-    reader, start = csv.reader(decoded(path), strict=True), 1
+    reader = csv.DictReader(decoded(path), strict=True)
     try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        start = reader.line_num + 1
-        for row in filter(None, reader):
-            require(len(row) == len(header), f"{path} row {start}: {len(row)} columns, expected {len(header)}")
-            yield f"{path} row {start}", dict(zip(header, row))
-            start = reader.line_num + 1
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        for row in reader:
+            fits = None not in row and None not in row.values()  # DictReader's marks of a row too long or too short
+            require(fits, f"{path} line {reader.line_num}: expected {len(reader.fieldnames)} columns")
+            yield f"{path} line {reader.line_num}", row
     except csv.Error as error:
-        raise ValueError(f"{path} row {start}: {error}") from None
+        raise ValueError(f"{path} after line {reader.line_num}: {error}") from None
 
 
 def parse_json(text, place):
@@ -344,16 +324,16 @@ def text_field(entry, key, place, default=None):
 
 
 def read_labelled(source, labels=None):
-    """Return the (label, text) pairs of a labeled file or dataset; ValueError for a label that is not in `labels`."""
+    """Return the (label, text) pairs of label<TAB>text, .csv or .jsonl; ValueError for a label not in `labels`."""
     pairs = []
     for place, entry in records(locate(source, "messages")):
         label = str(entry["label"]) if type(entry.get("label")) is int else text_field(entry, "label", place).strip()
         text = text_field(entry, "text", place)
         require(label and text.strip(), f"{place}: expected a label and a text, got {label!r} and {text[:80]!r}")
-        if pairs or (label.lower(), text.lower()) != ("label", "text"):  # no header
-            pairs.append((label, text))
-            known = labels or [label]
-            require(label in known, f"{place}: label {label!r}; the model knows {', '.join(known)}")
+        if not pairs and (label.lower(), text.lower()) == ("label", "text"):
+            continue  # a header
+        require(not labels or label in labels, f"{place}: label {label!r}; the model knows {', '.join(labels or [])}")
+        pairs.append((label, text))
     require(pairs, f"{source} is empty: it holds no rows")
     return pairs
 
@@ -364,9 +344,9 @@ FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), 
 
 
 def read_conversations(source):
-    """Return the entries of a file or dataset of instructions or conversations, dicts: `messages`, as `conversation`
-    makes them, and `kind` where it is text. A question at the end, which nothing answers, is cut off; entries without
-    an answer, or with an empty one, are left out; both are counted on stderr."""
+    """Return the entries of a file or dataset: dicts of `messages` (see `conversation`), and `kind` where it is text.
+
+    A last question without an answer is cut off, entries with an empty answer or none left out; stderr counts both."""
     entries, cut, empty = [], 0, []
     for place, entry in records(locate(source, "instructions")):
         messages = conversation(entry, place)
@@ -383,8 +363,7 @@ def read_conversations(source):
     if cut:
         note(f"{source}: {cut} of {total} conversations end with a question without an answer; it is cut off")
     if empty:
-        note(f"{source}: {len(empty)} of {total} entries have an empty 'output' or no answer and are left out, the "
-             f"first is {empty[0]}")
+        note(f"{source}: {len(empty)} of {total} entries have an empty 'output' or none, so are left out: {empty[0]}")
     return entries
 
 
@@ -404,11 +383,10 @@ def conversation(entry, place="entry"):
     for number, message in enumerate(entry[name]):
         at = f"{place}, message {number}"
         require(isinstance(message, dict), f"{at}: expected an object, got {type(message).__name__}")
-        name = text_field(message, who, at)
-        require(name in ROLES, f"{at}: unknown role {name!r}; one of: {', '.join(ROLES)}")
-        role = ROLES[name]
+        role = ROLES.get(text_field(message, who, at))
+        require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
         require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
-                f"expected {' or '.join(FOLLOWS[before])}; mend the entry or leave it out")
+                f"expected {' or '.join(FOLLOWS[before])}")
         messages.append({"role": role, "content": text_field(message, what, at)})
         before = role
     return messages
@@ -426,21 +404,20 @@ def read_preferences(source):
 
 def exchange(entry, key, place):
     """Return (question, answer) of the answer entry[key] of a comparison, in any form that `preference` lists."""
-    said, prompt = entry.get(key), entry.get("instruction", entry.get("prompt"))
-    if not isinstance(said, list):
-        answer = text_field(entry, key, place)
-        if prompt is not None:
-            return text_field(entry, "instruction" if "instruction" in entry else "prompt", place), answer
-        question, mark, answer = answer.rpartition("\n\nAssistant:")
-        require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
-        return question.strip(), answer.partition("\n\nHuman:")[0].strip()
-    if isinstance(prompt, str) and len(said) == 1:
-        prompt = [{"role": "user", "content": prompt}]
-    *asked, last = conversation({"messages": [*prompt, *said] if isinstance(prompt, list) else said}, place) or [{}]
-    require(asked and last["role"] == "assistant", f"{place}: the messages must ask something and end with an answer")
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    lines = [f"{names[message['role']]}: {message['content']}" for message in asked]
-    return asked[0]["content"] if len(asked) == 1 else "\n\n".join(lines), last["content"]
+    said, question = entry.get(key), entry.get("instruction", entry.get("prompt"))
+    if isinstance(said, list):
+        messages = conversation({"messages": [*question, *said] if isinstance(question, list) else said}, place)
+        roles = [message["role"].replace("user", "human").capitalize() for message in messages]
+        require(len(roles) > 1 and roles[-1] == "Assistant", f"{place}: messages must ask something, then answer it")
+        *asked, answer = [message["content"] for message in messages]
+        transcript = "\n\n".join(f"{role}: {text}" for role, text in zip(roles, asked))
+        return transcript if len(asked) > 1 else asked[0], answer
+    answer = text_field(entry, key, place)
+    if question is not None:
+        return text_field(entry, "instruction" if "instruction" in entry else "prompt", place), answer
+    question, mark, answer = answer.rpartition("\n\nAssistant:")
+    require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
+    return question.strip(), answer.partition("\n\nHuman:")[0].strip()
 
 
 def preference(entry, place="entry"):
@@ -471,16 +448,14 @@ def read_choices(source):
         prompt, choices, answer = text_field(entry, asked, place), entry.get(listed), entry.get(right)
         usable = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         require(usable and len(choices) > 1, f"{place}: {listed!r} must be a list of two texts or more, none empty")
-        numbers = range(len(choices))
-        names = [*choices, *numbers, *map(str, numbers)]  # HellaSwag's label may be "3"
-        require(answer in names and answer is not True and answer is not False, f"{place}: {right!r} must be one of "
-                f"the choices or its number, 0 to {numbers[-1]}, not {answer!r}")
-        questions.append({"prompt": prompt, "choices": choices, "answer": names.index(answer) % len(choices)})
+        names = [*choices, *map(str, range(len(choices)))]
+        require(str(answer) in names, f"{place}: {right!r} must be one of the choices or its number, 0 to "
+                f"{len(choices) - 1}, not {answer!r}")
+        questions.append({"prompt": prompt, "choices": choices, "answer": names.index(str(answer)) % len(choices)})
     return questions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token files
+# Token files ----------------------------------------------------------------------------------------------------------
 
 PREPARED = Path("data/prepared")  # here even if $DATA_DIR is elsewhere, which may be read-only
 
@@ -496,14 +471,10 @@ def prepare(source, tokenizer, separator=""):
     The last 10% of the documents, or of a single one's characters, are for validation; several documents are each
     followed by the tokenizer's end of text."""
     from gpt import file_sha256, write_json
-
-    builtin, survey, again, found = str(source) == "tinyworld", {}, {}, {}
-    if not builtin:
-        deque(surveyed(pieces(source, separator=separator), survey), maxlen=0)
-    text = file_sha256(__file__) if builtin else survey["sha256"]  # of text that takes seconds to generate: its code
-    made = ("made", "info", "sha256")  # where it comes from changes no token
-    vocabulary = json_sha256({key: value for key, value in tokenizer.to_dict().items() if key not in made})
-    folder = PREPARED / json_sha256([text, vocabulary])[:16]
+    built_in = str(source) == "tinyworld"  # generating it takes seconds, so that its code stands for its text
+    facts = {"sha256": file_sha256(__file__)} if built_in else survey(documents(source, separator))
+    vocabulary = json_sha256({**tokenizer.to_dict(), "made": "", "sha256": ""})  # where it comes from changes no token
+    folder = PREPARED / json_sha256([facts["sha256"], vocabulary])[:16]
     try:
         load_tokens(folder / "train.bin"), load_tokens(folder / "val.bin")
         return folder
@@ -511,65 +482,63 @@ def prepare(source, tokenizer, separator=""):
         pass
     except ValueError as error:
         note(f"{error}; it is made again")
-    content = list(pieces(source)) if builtin else pieces(source, separator=separator)
-    if builtin:
-        deque(surveyed(content, survey), maxlen=0)
-    if survey["marks"]:
-        note(f"{source}: {EOT} stands {survey['marks']:,} times in its text, where it is characters like others; to "
-             f"divide documents by it give --separator '{EOT}'")
-    items = divide(surveyed(content, again), survey)
-    for part, group in itertools.groupby(items, key=lambda item: item[0]):
-        found[part] = write_tokens(folder / f"{part}.bin", group, tokenizer, survey["documents"] > 1)
-    require(survey == again, f"{source} changed while it was read; run again")
-    require(len(found) == 2, f"{source}: {survey['characters']} characters are too few to split off a validation part")
+    content = list(documents(source, separator)) if built_in else documents(source, separator)
+    facts = survey(content) if built_in else facts
+    require(facts["documents"], f"{source} is empty: it holds no text")
+    found, several = {}, facts["documents"] > 1
+    for part, group in itertools.groupby(divide(content, facts), key=lambda item: item[0]):
+        found[part] = write_tokens(folder / f"{part}.bin", (document for _, document in group), tokenizer, several)
+    require(sum(info["characters"] for info in found.values()) == facts["characters"],
+            f"{source} changed while it was read; run again")
+    require(len(found) == 2 and all(info["tokens"] for info in found.values()),
+            f"{source}: {facts['characters']} characters are too few to split off a validation part")
     for part, info in found.items():  # written last, as they make the files valid
-        info.update(source=str(source), source_sha256=survey["sha256"], tokenizer_sha256=vocabulary)
+        info.update(source=str(source), source_sha256=facts["sha256"], tokenizer_sha256=vocabulary)
         write_json(folder / f"{part}.json", {**info, "sum": json_sha256(info)})
     return folder
 
 
-def surveyed(content, survey):
-    """Yield (document number, piece) items; when they end, `survey` holds their counts and sha256."""
-    digest, documents, characters, marks = hashlib.sha256(), 0, 0, 0
-    for number, piece in content:
-        digest.update(f"{number} {len(piece)}\n{piece}".encode())  # with lengths no two lists of documents look alike
-        documents, characters, marks = number + 1, characters + len(piece), marks + piece.count(EOT)
-        yield number, piece
-    survey.update(documents=documents, characters=characters, marks=marks, sha256=digest.hexdigest())
+def survey(content):
+    """Return a dict of the number of documents, their characters and their sha256."""
+    digest, number, characters = hashlib.sha256(), 0, 0
+    for number, document in enumerate(content, 1):
+        start = characters
+        for piece in document:
+            digest.update(piece.encode())
+            characters += len(piece)
+        digest.update(f"\n{characters - start}\n".encode())  # so that no two lists of documents look alike
+    return {"documents": number, "characters": characters, "sha256": digest.hexdigest()}
 
 
-def divide(items, survey):
-    """Yield ("train" or "val", document number, piece): the first 90% of documents, or of one's characters, train."""
-    single, seen = survey["documents"] == 1, 0
-    border = survey["characters" if single else "documents"] * 9 // 10
-    for number, piece in items:
-        cut = border - seen if single else len(piece) * (number < border)
-        cut, seen = min(max(cut, 0), len(piece)), seen + len(piece)
-        if cut:
-            yield "train", number, piece[:cut]
-        if cut < len(piece):
-            yield "val", number, piece[cut:]
+def divide(content, facts):
+    """Yield ("train" or "val", document): the first 90% of the documents, or of a single one's characters, train."""
+    if facts["documents"] > 1:
+        for number, document in enumerate(content):
+            yield "train" if number < facts["documents"] * 9 // 10 else "val", document
+        return
+    left = facts["characters"] * 9 // 10
+    for piece in itertools.chain.from_iterable(content):
+        halves = {"train": piece[:left], "val": piece[left:]}
+        yield from ((part, [half]) for part, half in halves.items() if half)
+        left = max(left - len(piece), 0)
 
 
-def write_tokens(path, items, tokenizer, joined):
-    """Return counts and sha256 of a token file after writing it from (part, document number, piece) items."""
-    from gpt import replacing
-
+def write_tokens(path, content, tokenizer, several):
+    """Return the counts and the sha256 of a token file after writing it; `several` documents end in an end of text."""
+    from gpt import file_sha256, replacing
     dtype, code = ("uint32", "I") if tokenizer.vocab_size > 1 << 16 else ("uint16", "H")
-    end = [tokenizer.eot_id] if joined and tokenizer.eot_id is not None else []
-    count, digest = Counter(), hashlib.sha256()
+    end = [tokenizer.eot_id] if several and tokenizer.eot_id is not None else []
+    count = Counter(tokens=0, characters=0, bytes=0, documents=0)
     with replacing(path) as file:
-        for _, document in itertools.groupby(items, key=lambda item: item[1]):
-            for _, _, piece in itertools.chain(document, [(None, None, "")]):
-                ids = tokenizer.encode_array(piece) if piece else end
-                require(max(ids, default=0) < tokenizer.vocab_size, "the tokenizer gave an id outside its vocabulary")
-                numbers = array.array(code, ids)
-                digest.update(numbers)
-                file.write(numbers)
+        for document in content:
+            for piece in document:
+                ids = array.array(code, tokenizer.encode_array(piece))
+                file.write(ids)
                 count.update(tokens=len(ids), characters=len(piece), bytes=len(piece.encode()))
-            count.update(documents=1)
-    require(count["tokens"], f"the {path.stem} split has no tokens: more text is needed")
-    return {**count, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "sha256": digest.hexdigest()}
+            file.write(array.array(code, end))
+            count.update(tokens=len(end), documents=1)
+    return {**count, "documents": count["documents"] if several else 1, "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size, "sha256": file_sha256(path)}
 
 
 def token_info(path):
@@ -586,14 +555,12 @@ def token_info(path):
 def load_tokens(path):
     """Return a token file as a mapped 1-D tensor (uint16 or uint32); ValueError if it is not what was written."""
     from gpt import file_sha256
-
     path, info = Path(path), token_info(path)
     require(file_sha256(path) == info["sha256"], f"{path}: damaged, its sha256 is not the one in {path.stem}.json")
     return torch.from_file(str(path), shared=False, size=info["tokens"], dtype=getattr(torch, info["dtype"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows, order, splits
+# Windows, order, splits -----------------------------------------------------------------------------------------------
 
 
 class SlidingWindowDataset(torch.utils.data.Dataset):
@@ -643,14 +610,11 @@ def epoch_order(n, seed, epoch):
 
 
 def order_by_length(lengths, batch_size, seed, epoch, window=8):
-    """Return an epoch's order (n,) int64 in which the items of a batch have similar lengths, so that little is padding.
+    """Return an epoch's order (n,) int64 in which the items of a batch have similar `lengths` (n,): less padding.
 
-    Stretches of `window` batches of `epoch_order` are sorted by `lengths` (n,), and the batches shuffled; what fills
-    no batch comes last. A wider window pads less, but its batches are less mixed, and less is learned."""
+    Stretches of `window` batches are sorted by length, then batches are shuffled; what fills no batch comes last."""
     order, lengths = epoch_order(len(lengths), seed, epoch), torch.as_tensor(lengths)
     full = len(order) // batch_size * batch_size
-    if not full:
-        return order
     stretches = [part[lengths[part].argsort(stable=True)] for part in order[:full].split(window * batch_size)]
     batches = torch.cat(stretches).view(-1, batch_size)
     batches = batches[torch.randperm(len(batches), generator=seeded("batches", seed, epoch))]
@@ -675,8 +639,7 @@ def split(items, train=0.85, val=0.05, seed=123, group=None):
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Templates and batches of token lists
+# Templates and batches of token lists ---------------------------------------------------------------------------------
 
 # What stands before a question, before its input, after both, before the answer, and after a system message (None: it
 # takes one question and no such message). `alpaca` is the wording of Stanford Alpaca's prompt without input, which the
@@ -706,11 +669,11 @@ def format_response(text, template):
 
 
 def format_messages(messages, template):
-    """Return a pair (text, counted) for each message: its text in a template, to be encoded by itself, and 1 for an
-    answer, behind which the end-of-text id follows and which the loss counts, else 0.
+    """Return pairs (text, counted): each message in a template, to be encoded by itself, and 1 for an answer, which the
+    end-of-text id follows and the loss counts, else 0. ValueError for several turns in a template that takes one.
 
     format_messages([{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."}], "plain") ->
-    [("2 + 3?\\n>", 0), (" 5.", 1)]. Raises ValueError for more than one turn in a template that takes one."""
+    [("2 + 3?\\n>", 0), (" 5.", 1)]"""
     roles, pieces, behind_system = [message["role"] for message in messages], [], TEMPLATES[template][-1]
     require(behind_system is not None or roles in (["user"], ["user", "assistant"]),
             f"template {template} takes one question and its answer; for conversations: --template chat, or plain")
@@ -725,14 +688,15 @@ def format_messages(messages, template):
 
 
 def messages_of(entry):
-    """Return the messages of an entry of any form: its `messages`, else one turn of instruction (or prompt), input and,
-    where there is one, output."""
+    """Return the messages of an entry: its `messages`, else one turn of instruction (or prompt), input and output."""
     if "messages" in entry:
         return entry["messages"]
-    question = {"role": "user", "content": entry["instruction"] if "instruction" in entry else entry["prompt"]}
+    messages = [{"role": "user", "content": entry["instruction"] if "instruction" in entry else entry["prompt"]}]
     if entry.get("input"):
-        question["input"] = entry["input"]  # apart, because templates put it in different words
-    return [question, {"role": "assistant", "content": entry["output"]}] if "output" in entry else [question]
+        messages[0]["input"] = entry["input"]  # apart, because templates put it in different words
+    if "output" in entry:
+        messages.append({"role": "assistant", "content": entry["output"]})
+    return messages
 
 
 def last_turn(entry):
@@ -756,8 +720,8 @@ def chat_template(template):
 
 
 def prompt_of(entry):
-    """Return the text of a question as in `plain`, the instruction and, indented on a line of its own, the input; of a
-    conversation, all that is said before its last answer, earlier answers behind "> "."""
+    """Return the text of a question as in `plain`, the input indented on a line of its own; of a conversation, all that
+    is said before its last answer, earlier answers behind "> "."""
     lines = []
     for message in last_turn(entry)[0]:
         text = message["content"] + (TEMPLATES["plain"][1] + message["input"] if message.get("input") else "")
@@ -1526,8 +1490,7 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
         vain = 0 if found.setdefault(key, item) is item else vain + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line ---------------------------------------------------------------------------------------------------------
 
 READERS = {"corpus": texts, "messages": read_labelled, "instructions": read_conversations,
            "preferences": read_preferences, "choices": read_choices}
@@ -1536,9 +1499,9 @@ READERS = {"corpus": texts, "messages": read_labelled, "instructions": read_conv
 def list_command(args):
     """List the datasets: what they hold, size, license, and whether they are downloaded."""
     print(f"{'name':18}{'kind':14}{'size':13}{'license':19}here")
-    for name, (kind, size, license, _, file, *_) in DATASETS.items():
-        here = "built in" if not file else "yes" if Path(os.environ.get("DATA_DIR") or "data", file).exists() else "no"
-        print(f"{name:18}{kind:14}{size:13}{license:19}{here}")
+    for name, entry in DATASETS.items():
+        here = not entry.file or Path(os.environ.get("DATA_DIR") or "data", entry.file).exists()
+        print(f"{name:18}{entry.kind:14}{entry.size:13}{entry.license:19}{'yes' if here else 'no'}")
 
 
 def get_command(args):
@@ -1549,9 +1512,9 @@ def get_command(args):
 
 def show_command(args):
     """Print how many items a dataset or a file holds, and the first three."""
-    built_in, count = args.name == "tinyworld", 0
-    view = args.view or ("corpus" if built_in or args.name not in DATASETS else DATASETS[args.name].kind)
-    for count, item in enumerate(tinyworld(view, "train") if built_in else READERS[view](args.name), 1):
+    view, count = args.view or (DATASETS[args.name].kind if args.name in DATASETS else "corpus"), 0
+    items = tinyworld(args.view or "corpus", "train") if args.name == "tinyworld" else READERS[view](args.name)
+    for count, item in enumerate(items, 1):
         if count <= 3:
             print(json.dumps(item, ensure_ascii=False)[:600])
     print(f"{count:,} items")
@@ -1560,7 +1523,6 @@ def show_command(args):
 def prepare_command(args):
     """Encode text into token files for train.py and print where they are."""
     from tokenizer import load_tokenizer
-
     folder = prepare(args.data, load_tokenizer(args.tokenizer), args.separator)
     for part in ("train", "val"):
         info = token_info(folder / f"{part}.bin")
@@ -1571,11 +1533,9 @@ def prepare_command(args):
 def main(argv=None):
     """Run the command line and return its exit status."""
     from gpt import run
-
     return run(__doc__, {
         "list": (list_command, {}),
-        "get": (get_command, {
-            "name": dict(choices=[name for name in DATASETS if name != "tinyworld"], help="the dataset to download")}),
+        "get": (get_command, {"name": dict(choices=list(DATASETS)[1:], help="the dataset to download")}),
         "show": (show_command, {
             "name": dict(nargs="?", default="tinyworld", help="a dataset's name, or a file"),
             "--view": dict(choices=list(READERS), help="a view of tinyworld, or how to read a file")}),

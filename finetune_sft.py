@@ -58,7 +58,7 @@ class Config(AdapterOptions):
     """The options of instruction fine-tuning."""
 
     data: str = option("tinyworld", "tinyworld, instructions, alpaca, or a .json or .jsonl file")
-    examples: int = option(0, "training examples, 0 = all of a file, 36,000 of tinyworld", low=0)
+    examples: int = option(0, "training examples, 0 = all of a file, 28,000 of tinyworld", low=0)
     template: str = option("", "empty = the checkpoint's, else plain (tinyworld) or alpaca", choices=("", *TEMPLATES))
     mask_prompt: bool = option(True, "train on the answers only")
     max_new_tokens: int = option(256, "of a response, at most half the context", low=1)

@@ -86,7 +86,6 @@ def nano_model(size, std=0.02):
     """Return nanoGPT's model of this size."""
     sys.path.insert(0, os.environ["NANOGPT"])
     from model import GPT, GPTConfig
-
     return same_weights(GPT(GPTConfig(size["context_length"], size["vocab_size"], size["n_layers"], size["n_heads"],
                                       size["emb_dim"], dropout=0.0, bias=True)), std)
 
@@ -94,7 +93,6 @@ def nano_model(size, std=0.02):
 def hf_model(size, std=0.02, kind="GPT2LMHeadModel", **more):
     """Return transformers' GPT-2 of this size."""
     import transformers
-
     config = transformers.GPT2Config(
         vocab_size=size["vocab_size"], n_positions=size["context_length"], n_embd=size["emb_dim"],
         n_layer=size["n_layers"], n_head=size["n_heads"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **more)
@@ -149,7 +147,6 @@ def adamw(model, rate):
 def our_training(model, batches, rate):
     """Return a block of steps as train.py does them, with AdamW."""
     import train
-
     config = train.Config(optimizer="adamw", learning_rate=rate)
     return training(model, train.make_optimizers(model, config),
                     lambda ids, targets: train.next_token_loss(model(ids), targets) / targets.numel(), batches)
@@ -180,7 +177,6 @@ def batches_of(size, rows, length, count):
 def bpe_ours(quick):
     """10 MB of source, 8,192 tokens."""
     from tokenizer import BPETokenizer
-
     texts, vocabulary = source_text(500_000 if quick else 10_000_000), 1024 if quick else 8192
 
     def block():
@@ -193,7 +189,6 @@ def bpe_ours(quick):
 def hf_bpe(texts, vocabulary):
     """Return a byte-level tokenizer trained by Hugging Face's tokenizers."""
     import tokenizers
-
     level, bpe = tokenizers.pre_tokenizers.ByteLevel, tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = level(add_prefix_space=False)
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
@@ -223,7 +218,6 @@ def tokens_ours(quick):
     """data.prepare: a text file into train.bin and val.bin of 16-bit tokens, with checksums."""
     import data
     from tokenizer import BPETokenizer
-
     texts, path = tokens_text(quick)
     bpe, data.PREPARED = BPETokenizer.train(texts, 4096, special_tokens=()), path.parent / "prepared"
 
@@ -268,11 +262,9 @@ def lora(quick, by, make=our_model):
     model, theirs = make(QUICK if quick else GPT2), make is hf_model
     if by == "ours":
         from lora import apply_lora
-
         apply_lora(model, rank=8, alpha=32.0, dropout=0.0)
     elif by == "peft":
         from peft import LoraConfig, get_peft_model
-
         targets = TURNED if theirs else ("qkv", "out_proj", "fc1", "fc2")
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=list(targets),
                                                  fan_in_fan_out=theirs))
@@ -300,7 +292,6 @@ def sft_ours(quick):
     import data
     import finetune_sft
     import train
-
     model, items = our_model(MIDDLE), sft_examples(quick)
     config = finetune_sft.Config(optimizer="adamw", learning_rate=1e-4, weight_decay=0.0)
 
@@ -323,7 +314,6 @@ def sft_trl(quick):
     import datasets
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
-
     items = sft_examples(quick)
     rows = datasets.Dataset.from_list([{"input_ids": [*ids, END], "completion_mask": [0] * start + [1] * (
         len(ids) + 1 - start)} for ids, start in items])
@@ -350,7 +340,6 @@ def sft_trl(quick):
 def words(last, extra=()):
     """Return a tokenizer of the words w0 to w<last> and some more, as transformers wants one."""
     import tokenizers
-
     names = [f"w{i}" for i in range(last + 1)] + list(extra)
     return tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w0"))
 
@@ -400,7 +389,6 @@ def llama_q8(quick):
     import llama_cpp
     from gpt2_weights import export_gguf
     from tokenizer import BPETokenizer, load_tokenizer
-
     size, new = (QUICK, 16) if quick else (GPT2, NEW)
     tokenizer = BPETokenizer.train(source_text(60_000), size["vocab_size"]) if quick else load_tokenizer("gpt2")
     path, ids = Path(scratch(), "model.gguf"), random_ids(1, PROMPT, below=512)[0].tolist()
@@ -449,7 +437,6 @@ def ppo_ours(quick, updates=32):
     """A run of `rlhf.py ppo` from checkpoint to summary: 32 responses of 16 tokens per update, four passes."""
     import rlhf
     from tokenizer import EOT, UNK, WordTokenizer
-
     folder, numbers, updates, model = Path(scratch()), itertools.count(), 2 if quick else updates, our_model(TOY)
     vocabulary = [">", *(f"w{i}" if i != 32 else UNK for i in range(1, STOP)), EOT]  # no prompt holds 32
     gpt.save_checkpoint(folder / "start.safetensors", model, WordTokenizer(vocabulary), template="plain")
@@ -490,7 +477,6 @@ def ppo_trl(quick, updates=32):
     import datasets
     from transformers import PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
-
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words(STOP, ["<pad>"]), eos_token=f"w{STOP}",
                                         pad_token="<pad>", padding_side="left")  # a pad beyond the model's vocabulary
     rows = datasets.Dataset.from_dict({"input_ids": ppo_prompts()})
@@ -518,7 +504,6 @@ def ppo_trl(quick, updates=32):
 def gpu_steps(quick, make):
     """GPT-2 124M, 12 rows of 1,024 tokens, compiled, in bfloat16: 10 steps."""
     import train
-
     model, ours = make(GPT2).cuda().train(), make is our_model
     forward = torch.compile(model)
 

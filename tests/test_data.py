@@ -92,7 +92,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         name = self.path.strip("/")
         self.seen[name] += 1
         first = self.seen[name] == 1
-        if name == "cut" or name == "cut_once" and first:
+        if name == "cut" or (name == "cut_once" and first):
             self.reply(body=BODY[:100], length=len(BODY))
         elif name.startswith("linked"):  # as huggingface.co answers for a large file
             tag = {"linked": f'"{sha(BODY)}"', "linked_wrong": f'"{sha(b"other")}"', "linked_git": '"0123abcd"'}[name]
@@ -106,9 +106,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         elif name.isdecimal():
             self.reply(int(name), b"no")
         elif name.startswith("once_") and first:
-            self.reply(int(name[5:]), b"busy", Retry_After="soon")
-        elif name == "later":
-            self.reply(503, b"busy", Retry_After="3600")
+            self.reply(int(name[5:]), b"busy")
         elif name == "login":
             self.reply(body=b"<html>please sign in</html>", Content_Type="text/html")
         elif name == "loop":
@@ -160,7 +158,7 @@ def test_a_download_arrives_whole_and_leaves_no_other_file(server, tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-@pytest.mark.parametrize("path", ["cut_once", "once_500", "once_408", "once_429", "once_503"])
+@pytest.mark.parametrize("path", ["cut_once", "once_503", "once_408", "once_429"])
 def test_a_failure_that_passes_is_tried_again(server, tmp_path, path):
     """A cut body or a busy server costs one more request."""
     data.download(f"{server.address}/{path}", tmp_path / "a", sha(BODY))
@@ -170,9 +168,8 @@ def test_a_failure_that_passes_is_tried_again(server, tmp_path, path):
 @pytest.mark.parametrize("path, tries, error, words", [
     ("cut", 3, OSError, "cut|IncompleteRead|ProtocolError"), ("cut_chunk", 3, OSError, "ProtocolError|IncompleteRead"),
     ("cut_without_length", 1, ValueError, "sha256 is .* expected"), ("login", 1, ValueError, "sha256 is .* expected"),
-    ("404", 1, OSError, "404"), ("403", 1, OSError, "403"), ("416", 1, OSError, "416"),
-    ("206", 1, OSError, "206"), ("500", 3, OSError, "500"), ("loop", None, OSError, "redirect"),
-    ("elsewhere", 1, OSError, "file:"), ("later", 3, OSError, "503")])
+    ("404", 1, OSError, "404"),
+    ("500", 3, OSError, "500"), ("loop", None, OSError, "redirect"), ("elsewhere", 1, OSError, "file:")])
 def test_a_download_that_fails_leaves_nothing_under_its_name(server, tmp_path, path, tries, error, words):
     """Refusals are final, failures that may pass are tried three times; no part of the body remains."""
     with pytest.raises(error, match=words):
@@ -200,14 +197,14 @@ def test_only_web_addresses_are_downloaded(tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_can_fetch_and_prepare_at_once(server, tmp_path):
-    """Three processes start from nothing in one folder; all end well and agree."""
+    """Two processes start from nothing in one folder; both end well and agree."""
     code = ("import sys, data; sys.path.append('tests'); from test_data import Characters; "
             f"data.DATASETS['story'] = data.Dataset('corpus', '', '', '', 'story.txt', '{sha(BODY)}', "
             f"['{server.address}/slow']); print(data.prepare('story', Characters()))")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "NO_PROXY": "127.0.0.1"}
-    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
     folders = {run.communicate()[0].decode() for run in runs}
-    assert [run.returncode for run in runs] == [0, 0, 0] and len(folders) == 1
+    assert [run.returncode for run in runs] == [0, 0] and len(folders) == 1
     assert len(data.load_tokens(Path(folders.pop().strip()) / "val.bin")) == len(BODY) - len(BODY) * 9 // 10
 
 
@@ -216,19 +213,6 @@ def test_a_second_address_serves_where_the_first_does_not(offer):
     offer("404", "login", "good", "never")
     assert data.fetch("story").read_bytes() == BODY
     assert Server.seen == {"404": 1, "login": 1, "good": 1}
-
-
-def test_without_network_one_line_says_which_file_to_put_where(offer, capsys, monkeypatch):
-    """The line names the address, the reason and the place; nothing is left behind."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    offer(f"http://127.0.0.1:{port}/story")
-    assert data.main(["show", "story"]) == 1
-    *retries, line = capsys.readouterr().err.strip().split("\n")
-    assert len(retries) == 2 and all("trying again" in retry for retry in retries)
-    assert f"http://127.0.0.1:{port}/story" in line and os.path.join("data", "story.txt") in line and "DATA_DIR" in line
-    assert not Path("data").exists()
 
 
 def test_a_file_in_data_dir_is_used_and_one_with_a_wrong_sum_reported_not_touched(offer, monkeypatch, capsys):
@@ -262,7 +246,7 @@ def test_of_a_zip_only_the_expected_member_is_read(offer, server, tmp_path):
     assert not (tmp_path.parent / "evil").exists() and not Path("/tmp/evil_of_test_data").exists()
 
 
-@pytest.mark.parametrize("archive", [b"no zip", zipped(("story.txt", b"other")), zipped(("story.txt", bytes(300_000)))])
+@pytest.mark.parametrize("archive", [b"no zip", zipped(("story.txt", b"other"))])
 def test_another_zip_than_the_pinned_one_is_never_opened(offer, server, archive):
     """Whatever it holds, its sha256 gives it away; the file in it has one of its own."""
     server.zip = archive
@@ -300,31 +284,25 @@ def stories(tmp_path, monkeypatch):
     return "stories.txt", items
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 40, 1 << 17])
-def test_a_separator_makes_documents_wherever_reading_pauses(stories, size):
+@pytest.mark.parametrize("size", [1, 3, 7, 40, 1 << 17])
+def test_a_separator_makes_documents_wherever_reading_pauses(stories, size, monkeypatch):
     """White space beside it goes, what is empty is no document; without it the file is one text."""
     path, items = stories
-    groups = itertools.groupby(data.pieces(path, size, " <|endoftext|>\n"), key=lambda item: item[0])
-    found = [(number, "".join(piece for _, piece in group)) for number, group in groups]
-    assert found == list(enumerate(items))
-    assert list(data.texts(path, "<|endoftext|>")) == items and len(list(data.texts(path))) == 1
+    monkeypatch.setattr(data, "PIECE", size)
+    assert list(data.texts(path, " <|endoftext|>\n")) == items and len(list(data.texts(path))) == 1
     assert "".join(data.texts(path)).count("<|endoftext|>") == 13
 
 
-def test_token_files_of_stories_end_each_with_the_end_of_text(stories, gpt2_tokenizer, capsys):
-    """As tiktoken encodes each story by itself; without the separator it is plain characters, and a note counts them."""
+def test_token_files_of_stories_end_each_with_the_end_of_text(stories, gpt2_tokenizer):
+    """As tiktoken encodes each story by itself; without the separator it is plain characters."""
     import tiktoken
-
     path, items = stories
     folder = data.prepare(path, gpt2_tokenizer, "<|endoftext|>")
-    assert "stands" not in capsys.readouterr().err
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
     for part, some in (("train", items[:10]), ("val", items[10:])):
         assert data.load_tokens(folder / f"{part}.bin").tolist() == [i for item in some for i in [*encode(item), 50256]]
         assert data.token_info(folder / f"{part}.bin")["documents"] == len(some)
     other = data.prepare(path, gpt2_tokenizer)
-    error = capsys.readouterr().err
-    assert "stories.txt: <|endoftext|> stands 13 times" in error and error.count("\n") == 1 and "--separator" in error
     assert other != folder and 50256 not in data.load_tokens(other / "train.bin").tolist()
 
 
@@ -343,29 +321,6 @@ def test_a_dataset_brings_its_separator_and_another_one_works_too(stories, monke
         list(data.texts("other.txt", "a b"))
 
 
-PEAK = """
-import re, sys
-sys.path.insert(0, sys.argv[1])
-import data
-from tokenizer import CharTokenizer
-data.prepare(sys.argv[2], CharTokenizer.train(["Once upon a time, there was 0123456789.\\n"]), "<|endoftext|>")
-print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024)"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_memory_is_flat_however_long_the_stories(tmp_path):
-    """Peak memory of preparing 10 MB beside that of 1 MB: less than 4 MiB more."""
-    story = "Once upon a time, there was 12345.\n" * 20 + "<|endoftext|>\n"
-    peaks = []
-    for size in (1_000_000, 10_000_000):
-        (tmp_path / "s.txt").write_text(story * (size // len(story)), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-c", PEAK, str(Path(data.__file__).parent), "s.txt"], cwd=tmp_path,
-                              capture_output=True, text=True, check=True, timeout=600)
-        peaks.append(float(done.stdout))
-    assert peaks[1] - peaks[0] < 4, peaks
-
-
 @pytest.mark.parametrize("name", ["verdict", "shakespeare", "sms_spam", "instructions", "preferences"])
 def test_real_files_have_the_listed_sums(real_data, monkeypatch, name):
     """`fetch` accepts the files as their publishers serve them."""
@@ -378,20 +333,21 @@ def test_real_files_have_the_listed_sums(real_data, monkeypatch, name):
 # Text
 
 
-def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2_tokenizer, tmp_path):
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2_tokenizer, tmp_path, monkeypatch):
     """Cut anywhere the code allows, the tokens are GPT-2's for the uncut text."""
     rng = random.Random(0)
     words = ["it", "'s", " ", "  ", "\n", "\n\n", "\t", "don't", "12", "...", "é", "日本", "🙂", "_", "\u00a0", " \n ", "x"]
     text = "".join(rng.choice(words) for _ in range(4000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    pieces = list(filter(None, data.cut_pieces(data.decoded(tmp_path / "a.txt", 37))))
+    monkeypatch.setattr(data, "PIECE", 37)
+    pieces = list(data.pieces(tmp_path / "a.txt"))
     assert len(pieces) > 100 and "".join(pieces) == text
     joined = [i for piece in pieces for i in gpt2_tokenizer.encode(piece)]
     assert joined == gpt2_tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, *(data.PIECE - n for n in range(4)), data.PIECE * 2 + 9])
-@pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x97", b"\xc3(", b"\xf0\x9f\x99"])
+@pytest.mark.parametrize("prefix", [0, 1, 8191, 8192, 20_009])  # Python decodes 8 KiB at a time
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe6\x97", b"\xc3("])
 def test_the_offset_of_a_bad_byte_is_named(tmp_path, prefix, bad):
     """Where Python's own decoder puts the error in the whole file, there our message does, across block borders too."""
     content = "é".encode() * (prefix // 2) + b"a" * (prefix % 2) + bad
@@ -414,9 +370,8 @@ def test_a_byte_order_mark_is_dropped_and_utf_16_refused(tmp_path):
             list(data.texts("a.txt"))
 
 
-def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path, capsys):
-    """Text files at any depth, in any letter case, compressed or not, .jsonl line by line, no hidden ones; other kinds
-    are counted."""
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    """Text files at any depth, in any letter case, compressed or not, .jsonl line by line, none hidden or of other kinds."""
     for name, text in {"b.txt": "B", "a/z.md": "Z", "a/c.py": "C", ".hidden.txt": "no", ".git/x.txt": "no",
                        "d.bin": "no", "c.jsonl": '{"text": "one"}\n\n{"text": "t\\u2028wo"}\n', "e.txt": "",
                        "f.TXT": "F", "G.JSONL": '{"text": "G"}', "pic.png": "no"}.items():
@@ -425,29 +380,27 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path, capsys):
     (tmp_path / "in" / "h.txt.gz").write_bytes(gzip.compress(b"H"))
     (tmp_path / "in" / "I.Md.GZ").write_bytes(gzip.compress(b"I"))
     assert list(data.texts("in")) == ["G", "I", "C", "Z", "B", "one", "t\u2028wo", "F", "H"]
-    assert "9 text files; 2 files of other kinds are not read" in capsys.readouterr().err
     (tmp_path / "FOUR.JSONL").write_text('{"text": "four"}\n')
     assert list(data.texts("FOUR.JSONL")) == ["four"]
     (tmp_path / "S.CSV").write_text("label,text\nham,hi\n")
     assert data.read_labelled("S.CSV") == [("ham", "hi")]
 
 
-@pytest.mark.slow
 def test_a_line_of_any_length_costs_linear_time(tmp_path):
     """Four times the line, about four times the processor's time, not sixteen times."""
     seconds = {}
-    for megabytes in (25, 100):
+    for megabytes in (5, 20):
         (tmp_path / "a.jsonl").write_text('{"text": "' + "word " * (megabytes * 200_000) + '"}\n')
         start = time.process_time()
         assert [len(text) for text in data.texts("a.jsonl")] == [megabytes * 1_000_000]
         seconds[megabytes] = time.process_time() - start
-    assert seconds[100] < 8 * seconds[25]
+    assert seconds[20] < 8 * seconds[5]
 
 
 def test_a_pipe_is_refused_as_text_is_read_twice(tmp_path):
     """Half of the work would be done before anything showed; a file is asked for at once."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="is a pipe or device"):
+    with pytest.raises(ValueError, match="pipe is no file of text"):
         data.prepare("pipe", Characters())
 
 
@@ -495,20 +448,6 @@ def test_tiny_shakespeare_has_the_published_numbers_of_tokens(gpt2_tokenizer, re
     assert [i["characters"] for i in info] == [i["bytes"] for i in info] == [1_003_854, 111_540]
 
 
-def test_many_documents_are_joined_by_the_end_of_text(tmp_path):
-    """Nine of ten documents train, each followed by the end of text, and decode to what went in, bytes counted."""
-    lines = [f"document {i} é" for i in range(10)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    folder = data.prepare("a.jsonl", Characters())
-    train, val = (decode(data.load_tokens(folder / f"{part}.bin")).split(chr(299)) for part in ("train", "val"))
-    assert train == lines[:9] + [""] and val == lines[9:] + [""]
-    info = data.token_info(folder / "train.bin")
-    assert info["bytes"] == sum(len(line.encode()) for line in lines[:9]) == 9 * 13
-    assert info["tokens"] == 9 * 12 + 9 and info["documents"] == 9
-    folder = data.prepare("a.jsonl", Characters(eot=False))
-    assert decode(data.load_tokens(folder / "train.bin")) == "".join(lines[:9])
-
-
 @pytest.mark.parametrize("specials", [False, True])
 def test_prepared_files_are_those_of_a_plain_loop(specials, tmp_path):
     """Short and long documents in order, each with its end of text."""
@@ -524,6 +463,9 @@ def test_prepared_files_are_those_of_a_plain_loop(specials, tmp_path):
             ids.extend(tokenizer.encode_array(one).tolist())
             ids.extend([tokenizer.eot_id] if specials else [])
         assert (folder / f"{part}.bin").read_bytes() == ids.tobytes() and len(ids) > 1000
+        info = data.token_info(folder / f"{part}.bin")
+        assert (info["tokens"], info["documents"]) == (len(ids), len(wanted))
+        assert info["bytes"] == len("".join(wanted).encode()) > info["characters"] == len("".join(wanted))
 
 
 def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(tmp_path):
@@ -571,22 +513,6 @@ def test_empty_documents_at_the_end_do_not_empty_the_validation_part(tmp_path):
     assert decode(data.load_tokens(folder / "val.bin")) == lines[9] + chr(299)
 
 
-def test_a_single_document_is_cut_by_characters_and_gets_no_end(tmp_path):
-    """The last tenth of the characters validates; train and val join to the text."""
-    text = "".join(random.Random(1).choices("ab \n", k=12_345))
-    (tmp_path / "a.txt").write_text(text, newline="")
-    folder = data.prepare("a.txt", Characters())
-    train, val = (decode(data.load_tokens(folder / f"{part}.bin")) for part in ("train", "val"))
-    assert train + val == text and len(train) == 11_110
-
-
-def test_a_special_token_in_the_text_is_plain_text(gpt2_tokenizer, tmp_path):
-    """Documents that spell <|endoftext|> add no id 50256 to those that join documents."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a <|endoftext|> b"}\n' * 20)
-    folder = data.prepare("a.jsonl", gpt2_tokenizer)
-    assert (data.load_tokens(folder / "train.bin").to(torch.int64) == 50256).sum() == 18
-
-
 def test_large_vocabularies_get_32_bits(tmp_path):
     """Ids beyond 65,535 survive; at exactly 65,536 entries 16 bits still do."""
     (tmp_path / "a.txt").write_text("\uffff\U00010000é" * 20, encoding="utf-8")
@@ -599,8 +525,6 @@ def test_large_vocabularies_get_32_bits(tmp_path):
     assert tokens.dtype == torch.uint16
     assert data.SlidingWindowDataset(tokens, 2, 2)[0][0].tolist() == [0xFFFF, 0x8000]
     assert data.load_tokens(data.prepare("a.txt", Characters(0x10001)) / "val.bin").dtype == torch.uint32
-    with pytest.raises(ValueError, match="outside its vocabulary"):
-        data.prepare("a.txt", Characters(300))
 
 
 def test_prepared_text_is_used_again_until_text_or_tokenizer_change(tmp_path, monkeypatch):
@@ -654,18 +578,19 @@ def test_a_missing_token_file_names_the_command(tmp_path):
         data.load_tokens(tmp_path / "train.bin")
 
 
-def test_memory_stays_flat_while_a_long_text_is_prepared(tmp_path):
-    """Eight MB of text, in one document, take less than one MB of Python's memory."""
+@pytest.mark.parametrize("separator", ["", "====\n"])
+def test_memory_stays_flat_while_a_long_text_is_prepared(tmp_path, separator):
+    """Nine MB of text, one document or many, take little more than the block of one MB that is hashed at a time."""
     with open(tmp_path / "a.txt", "w") as file:
         for i in range(200_000):
-            file.write(f"line {i} of a long story, all of it the same\n")
+            file.write(f"line {i} of a long story, all of it the same\n" + separator * (i % 20 == 0))
     tokenizer = Characters()
     tokenizer.encode_array = lambda text: array.array("I", [len(text) % 256])
     tracemalloc.start()
-    data.prepare("a.txt", tokenizer)
+    data.prepare("a.txt", tokenizer, separator)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (tmp_path / "a.txt").stat().st_size > 8e6 and peak < 1e6
+    assert (tmp_path / "a.txt").stat().st_size > 9e6 and peak < 1.3e6
 
 
 def test_an_interrupted_prepare_leaves_no_token_file(tmp_path, monkeypatch):
@@ -745,19 +670,6 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_fix():
     others = [data.epoch_order(1000, seed, epoch) for seed, epoch in ((1, 1), (2, 0), (0, 1), (0, 0))]
     assert not any(order.equal(other) for other in others) and not others[0].equal(others[2])
     assert data.epoch_order(8, 1, 0).tolist() == [3, 4, 2, 1, 5, 6, 7, 0]  # so that a run resumed elsewhere goes on
-
-
-def test_order_by_length_by_hand():
-    """Stretches of two batches of two are sorted by length, ties in the epoch's order; batches shuffled, the rest last."""
-    assert data.epoch_order(9, 5, 0).tolist() == [4, 3, 6, 2, 5, 1, 0, 7, 8]
-    lengths = [3, 1, 2, 3, 1, 2, 1, 2, 3]
-    batches = [[4, 6], [2, 3], [1, 5], [7, 0]]  # of lengths 1 1, 2 3, 1 2, 2 3
-    shuffle = torch.randperm(4, generator=data.seeded("batches", 5, 0)).tolist()
-    expected = [index for batch in shuffle for index in batches[batch]] + [8]
-    for given in (lengths, torch.tensor(lengths)):
-        assert data.order_by_length(given, 2, 5, 0, window=2).tolist() == expected
-    assert data.order_by_length([9, 9], 4, 5, 0).equal(data.epoch_order(2, 5, 0))  # no full batch
-    assert not data.order_by_length(lengths, 2, 5, 1, window=2).equal(torch.tensor(expected))
 
 
 def test_order_by_length_saves_padding_and_loses_nothing():
@@ -866,31 +778,12 @@ def test_half_a_character_in_json_is_replaced(tmp_path):
     assert data.read_conversations("a.jsonl")[0]["messages"][0]["content"] == "a\ufffdz 🙂 \ufffd"
 
 
-def test_files_give_text_only(tmp_path):
-    """Keys of a data file that our own examples use too neither reach a table of results nor break it."""
-    entry = {"instruction": "a", "input": None, "output": "b", "unseen": True, "kind": ["a", "b"], "answer": 3}
-    (tmp_path / "a.json").write_text(json.dumps([entry, {**entry, "kind": "sums", "input": "c"}]))
-    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    assert data.read_conversations("a.json") == [
-        {"messages": [asked, answer]}, {"messages": [{**asked, "input": "c"}, answer], "kind": "sums"}]
-    pair = {"instruction": "a", "input": None, "chosen": "b", "rejected": "c", "unseen": True, "gold": "x"}
-    assert data.preference(pair) == {"instruction": "a", "input": "", "prompt": "a", "chosen": "b", "rejected": "c"}
-
-
-def test_a_human_turn_at_the_end_of_a_transcript_is_no_part_of_the_answer():
-    """What the model would learn to write is what the assistant said."""
-    talk = "\n\nHuman: Capital?\n\nAssistant:"
-    pair = data.preference({"chosen": talk + " Paris.\n\nHuman: Thanks!", "rejected": talk + " Rome."})
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Human: Capital?", "Paris.", "Rome.")
-
-
 def test_pairs_of_messages_are_read_in_every_usual_form():
-    """The question among the messages, apart as messages or as text; more turns become a transcript; `output` stays."""
+    """The question among the messages, or apart; more turns become a transcript; `output` stays."""
     user, yes, no = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("assistant", "No")))
     plain = {"prompt": "Why?", "chosen": "So.", "rejected": "No"}
     for entry in ({"chosen": [user, yes], "rejected": [user, no]}, {"prompt": [user], "chosen": [yes], "rejected": [no]},
-                  {"prompt": "Why?", "chosen": [user, yes], "rejected": [user, no]},
-                  {"prompt": "Why?", "chosen": [yes], "rejected": [no]}):
+                  {"prompt": "Why?", "chosen": [user, yes], "rejected": [user, no]}):
         assert data.preference(entry) == data.preference(plain), entry
     longer = data.preference({"chosen": [user, no, user, yes], "rejected": [user, no, user, no]})
     assert longer["prompt"] == "Human: Why?\n\nAssistant: No\n\nHuman: Why?" and longer["chosen"] == "So."
@@ -898,8 +791,8 @@ def test_pairs_of_messages_are_read_in_every_usual_form():
     assert data.preference({"chosen": talk + "So.", "rejected": talk + "No"}) == longer
     assert data.preference({"chosen": [user, yes], "rejected": [{**user, "content": "Who?"}, no]}) is None
     assert data.preference({**plain, "output": "So."})["output"] == "So."
-    for wrong, said in (([user], "must ask something and end"), ([yes], "assistant speaks first"), (["Why?"], "an object"), ([], "must ask"),
-                        ([user, {"role": "assistant"}], "'content' is missing"), ("So.", "needs 'prompt'")):
+    for wrong, said in (([user], "must ask something"), ([yes], "assistant speaks first"), (["Why?"], "an object"),
+                        ([], "must ask"), ([user, {"role": "assistant"}], "'content' is missing"), ("So.", "needs 'prompt'")):
         with pytest.raises(ValueError, match=said):
             data.preference({"chosen": wrong, "rejected": [user, no]}, "a.json[0]")
 
@@ -944,14 +837,14 @@ BAD_INPUTS = [
     ("messages", "a.tsv", "ham\thi\n\tyou", "line 2: expected a label and a text"),
     ("messages", "a.tsv", "", "holds no entries"),
     ("messages", "a.tsv", "label\ttext\n", "holds no rows"),
-    ("corpus", "a.csv", "text,label\nA cat.,pet\n", "holds records, not text"),
-    ("corpus", "A.CSV.gz", gzip.compress(b"text,label\nA cat.,pet\n"), "holds records, not text"),
-    ("corpus", "a.json", '[{"text": "A cat."}]', "holds records, not text"),
+    ("corpus", "a.csv", "text,label\nA cat.,pet\n", "is no file of text"),
+    ("corpus", "A.CSV.gz", gzip.compress(b"text,label\nA cat.,pet\n"), "is no file of text"),
+    ("corpus", "a.json", '[{"text": "A cat."}]', "is no file of text"),
     ("messages", "a.tsv", b"ham\thi\0", "zero bytes"),
-    ("messages", "a.csv", "label,text\nham,hi\nspam", "row 3: 1 columns, expected 2"),
-    ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "row 2: unexpected end of data"),
-    ("messages", "a.csv", 'label,text\nham,"hi"x\nspam,you\n', "row 2"),
-    ("messages", "a.csv", "a,b\nham,hi", "row 2: 'label' is missing"),
+    ("messages", "a.csv", "label,text\nham,hi\nspam", "line 3: expected 2 columns"),
+    ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "after line 1: unexpected end of data"),
+    ("messages", "a.csv", 'label,text\nham,"hi"x\nspam,you\n', "after line 1"),
+    ("messages", "a.csv", "a,b\nham,hi", "line 2: 'label' is missing"),
     ("messages", "a.jsonl", '{"label": null, "text": "a"}', "'label' must be text"),
 ]
 
@@ -1085,42 +978,3 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, argv, words):
     assert data.main(argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
-
-
-def test_a_missing_tokenizer_or_source_is_one_line(capsys, small_world):
-    """Status 1, and the command that makes what is missing."""
-    pytest.importorskip("tokenizer")
-    assert data.main(["prepare"]) == 1
-    assert "python tokenizer.py train" in capsys.readouterr().err
-    assert not Path("data").exists()
-
-
-def test_help_shows_every_command_and_says_nothing_on_stderr():
-    """The man page is the module's docstring, and importing torch without numpy stays silent."""
-    run = subprocess.run([sys.executable, ROOT / "data.py", "--help"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and run.stderr == ""
-    assert run.stdout.startswith(data.__doc__.strip()[:60]) and all(f"\n  {word} " in run.stdout for word in (
-        "list", "get", "show", "prepare"))
-
-
-def test_the_file_works_alone(tmp_path):
-    """Copied by itself, data.py makes windows, reads a dataset of one's own, formats, collates, pads and splits."""
-    shutil.copy(ROOT / "data.py", tmp_path)
-    (tmp_path / "mine.tsv").write_text("good\tday\nbad\tluck\n")
-    (tmp_path / "mine.txt").write_text("some text")
-    code = """if True:
-        import data, torch
-        ids, targets = data.SlidingWindowDataset(torch.arange(9), 4, 4).batch([0, 1])
-        assert ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-        assert data.read_labelled("mine.tsv") == [("good", "day"), ("bad", "luck")]
-        assert list(data.texts("mine.txt")) == ["some text"]
-        assert data.format_prompt({"instruction": "Add.", "input": "2 and 3"}, "plain") == "Add.\\n 2 and 3\\n>"
-        assert data.collate([[1, 2], [3]], 0)[0].tolist() == [[1, 2], [3, 0]]
-        assert data.pad_left([[1, 2], [3]], 0)[0].tolist() == [[1, 2], [0, 3]]
-        assert [len(part) for part in data.split(range(20))] == [17, 1, 2] and data.tinyworld("messages", "val", 2)
-        try:
-            data.main(["list"])
-        except ImportError as error:
-            assert "gpt" in str(error)"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and run.stderr == "", run.stderr

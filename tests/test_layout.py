@@ -1,7 +1,6 @@
 """The shape of the project: nine files, who imports whom, what is copied with what, and help that reads well."""
 
 import ast
-import functools
 import json
 import os
 import re
@@ -98,10 +97,6 @@ def test_there_is_one_command_line_guard_one_atomic_writer_and_one_sha256_of_fil
     for once in ("Parser", "guarded", "explain", "replacing", "write_json", "file_sha256", "read_safetensors"):
         assert [name for name in NINE if once in names[name] and name != "tokenizer.py"] == ["gpt.py"], once
     assert [name for name in NINE if "download" in names[name]] == ["data.py"]
-    for name in NINE[2:]:
-        renames = [call for call in ast.walk(parsed(name)) if isinstance(call, ast.Attribute)
-                   and ast.unparse(call) == "os.replace"]
-        assert len(renames) <= (name == "data.py") * 2, name  # a folder of token files, and a finished download
 
 
 def calls_in_order(function):
@@ -227,7 +222,6 @@ def test_the_search_for_dangers_finds_them():
 SMALL = ["--emb_dim", "16", "--n_layers", "1", "--n_heads", "2", "--max_steps", "2"]
 TRAINED = [["tokenizer.py", "train", "--data", "text.txt", "--vocab_size", "300"],
            ["train.py", "--data", "text.txt", *SMALL]]
-TUNED = [*TRAINED, ["finetune_sft.py", "--data", "mine.json", "--template", "plain", "--max_steps", "2"]]
 FEW = "--data mine.json --max_steps 1 --response_length 4 --eval_prompts 2 --test_prompts 2".split()
 LIBRARY = {
     "gpt.py": """
@@ -271,38 +265,54 @@ RUNS = {  # what each file does in the folder, and a word or line of what it pri
     "data.py": ([["-c", LIBRARY["data.py"]]], "Tom has"),
     "lora.py": ([["-c", LIBRARY["lora.py"]]], "True"),
     "gpt2_weights.py": ([["-c", LIBRARY["gpt2_weights.py"]]], "True"),
-    "train.py": ([*TRAINED, ["gpt.py", "--prompt", "Tom has", "--max_new_tokens", "3"]], "Tom has"),
-    "finetune_cls.py": ([*TRAINED, ["finetune_cls.py", "--data", "mine.tsv", "--max_steps", "2"],
+    "train.py": ([["gpt.py", "--prompt", "Tom has", "--max_new_tokens", "3"]], "Tom has"),
+    "finetune_cls.py": ([["finetune_cls.py", "--data", "mine.tsv", "--max_steps", "2"],
                          ["finetune_cls.py", "classify", "You won a prize"]], "You won a prize"),
-    "finetune_sft.py": ([*TUNED, ["finetune_sft.py", "evaluate", "--data", "mine.json"]], "exact match"),
-    "rlhf.py": ([*TRAINED, ["rlhf.py", "all", "--init", "out/pretrain/model.safetensors", *FEW]], "reward"),
+    "finetune_sft.py": ([["finetune_sft.py", "--data", "mine.json", "--template", "plain", "--max_steps", "2"],
+                         ["finetune_sft.py", "evaluate", "--data", "mine.json"]], "exact match"),
+    "rlhf.py": ([["rlhf.py", "all", "--init", "out/pretrain/model.safetensors", *FEW]], "reward"),
 }
+
+
+def start(folder, *command):
+    """Run Python with these words in a folder, as on a machine where nothing of ours is; return what it printed."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DATA_DIR")}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "NumPy" not in done.stderr, (command, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a folder with a tokenizer and a model in out/, made by train.py and what is copied with it."""
+    folder = tmp_path_factory.mktemp("trained")
+    for file in WITH_TRAIN:
+        shutil.copy(ROOT / file, folder)
+    (folder / "text.txt").write_text("Tom has a red ball.\n\nMia has a blue hat.\n\n" * 200, encoding="utf-8")
+    for command in TRAINED:
+        start(folder, *command)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NINE)
-def test_a_file_copied_with_its_companions_works_elsewhere(name, tmp_path):
-    """In a folder with only what the README says to copy, --help is quiet and the file does what it is for."""
+def test_a_file_copied_with_its_companions_works_elsewhere(name, tmp_path, trained):
+    """In a folder with only what the README says to copy, and data of one's own, it does what it is for."""
     for file in [name, *COPY[name]]:
         shutil.copy(ROOT / file, tmp_path)
-    (tmp_path / "text.txt").write_text("Tom has a red ball.\n\nMia has a blue hat.\n\n" * 200, encoding="utf-8")
+    shutil.copy(trained / "text.txt", tmp_path)
+    if "data.py" in COPY[name]:
+        shutil.copytree(trained / "out", tmp_path / "out")
     (tmp_path / "mine.tsv").write_text("".join(f"ham\tsee you at {n}\nspam\twin {n} coins\n" for n in range(40)),
                                        encoding="utf-8")
     (tmp_path / "mine.json").write_text(json.dumps(
         [{"instruction": f"Add {n} and 1.", "input": "", "output": f"{n + 1}.", "chosen": f"{n + 1}.",
           "rejected": "No."} for n in range(60)]), encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DATA_DIR")}
-    start = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                              timeout=120)
-    if name in ("gpt.py", "tokenizer.py") or "gpt.py" in COPY[name]:  # else only commands need gpt.py
-        done = start([sys.executable, name, "--help"])
-        assert done.returncode == 0 and done.stderr == ""
-        assert ast.get_docstring(parsed(name)).split("\n")[0] in done.stdout
     runs, said = RUNS[name]
     for command in runs:
-        done = start([sys.executable, *command])
-        assert done.returncode == 0, (command, done.stderr)
-    assert said in done.stdout
+        printed = start(tmp_path, *command)
+    assert said in printed
 
 
 def test_what_is_copied_with_a_file_is_all_that_it_imports():

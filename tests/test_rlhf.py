@@ -86,15 +86,6 @@ def test_gae_is_its_definition():
             assert advantages[row, n:].abs().sum() == returns[row, n:].abs().sum() == 0
 
 
-def test_gae_at_its_ends_is_reward_to_go_and_one_step_td():
-    """gamma = lam = 1: the returns are the rewards still to come, whatever the values; lam = 0: one step of TD."""
-    rewards, values, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[5.0, -3.0, 0.5]]), torch.ones(1, 3)
-    _, returns = rlhf.gae(rewards, values, mask, 1.0, 1.0)
-    assert returns.tolist() == [[7.0, 6.0, 4.0]]
-    advantages, _ = rlhf.gae(rewards, values, mask, 0.5, 0.0)
-    assert advantages.tolist() == [[1 + 0.5 * -3 - 5, 2 + 0.5 * 0.5 + 3, 4 - 0.5]]
-
-
 def test_whitening_counts_only_what_the_mask_shows():
     """Mean 0 and variance 1 over masked entries, 0 elsewhere; hidden values change nothing."""
     torch.manual_seed(0)
@@ -106,31 +97,22 @@ def test_whitening_counts_only_what_the_mask_shows():
     assert torch.equal(rlhf.whiten(x.masked_fill(mask == 0, 1e6), mask), white)
 
 
-@pytest.mark.parametrize("advantage, ratio, loss, slope", [
-    (2.0, 1.5, -2.4, 0.0),  # good and already 50% likelier: no more gain
-    (2.0, 0.5, -1.0, -2.0),  # good and less likely: full gradient
-    (-2.0, 1.5, 3.0, 2.0),  # bad and likelier: full gradient
-    (-2.0, 0.5, 1.6, 0.0),  # bad and already half as likely: no more gain
-])
-def test_the_policy_loss_clips_where_it_should(advantage, ratio, loss, slope):
+@pytest.mark.parametrize("high, advantage, ratio, loss, slope", [
+    (0.2, 2.0, 1.5, -2.4, 0.0),  # good and already 50% likelier: no more gain
+    (0.2, 2.0, 0.5, -1.0, -2.0),  # good and less likely: full gradient
+    (0.2, -2.0, 1.5, 3.0, 2.0),  # bad and likelier: full gradient
+    (0.2, -2.0, 0.5, 1.6, 0.0),  # bad and already half as likely: no more gain
+    (0.28, 2.0, 1.25, -2.5, -2.0), (0.28, 2.0, 1.35, -2.56, 0.0),  # a higher upper bound moves that bound alone
+    (0.28, -2.0, 0.75, 1.6, 0.0), (0.28, -2.0, 0.85, 1.7, 2.0)])
+def test_the_policy_loss_clips_where_it_should(high, advantage, ratio, loss, slope):
     """The four quadrants give the loss and the derivative by the ratio that the paper's figure 1 shows."""
-    old = torch.tensor([[-1.0]])
     new = torch.tensor([[-1.0 + math.log(ratio)]], requires_grad=True)
-    got, metrics = rlhf.ppo_policy_loss(new, old, torch.tensor([[advantage]]), torch.ones(1, 1), clip=0.2)
+    got, metrics = rlhf.ppo_policy_loss(new, -torch.ones(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), 0.2, high)
     got.backward()
-    assert got.item() == pytest.approx(loss, abs=1e-6)
+    assert got.item() == pytest.approx(loss, abs=1e-5)
     assert new.grad.item() == pytest.approx(slope * ratio, abs=1e-5)  # d ratio / d new = ratio
-    assert metrics["policy/clipfrac"] == 1 and metrics["policy/approxkl"] == pytest.approx(0.5 * math.log(ratio) ** 2)
-
-
-@pytest.mark.parametrize("ratio, advantage, loss, slope", [(1.25, 2.0, -2.5, -2.0), (1.35, 2.0, -2.56, 0.0),
-                                                          (0.75, -2.0, 1.6, 0.0), (0.85, -2.0, 1.7, 2.0)])
-def test_a_higher_upper_clip_moves_that_bound_alone(ratio, advantage, loss, slope):
-    """With 0.2 below and 0.28 above a good token may rise by 28%, and a bad one falls by 20% as before."""
-    new = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    got, _ = rlhf.ppo_policy_loss(new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), 0.2, 0.28)
-    got.backward()
-    assert got.item() == pytest.approx(loss, abs=1e-6) and new.grad.item() == pytest.approx(slope * ratio, abs=1e-5)
+    assert metrics["policy/clipfrac"] == (not 0.8 <= ratio <= 1 + high)
+    assert metrics["policy/approxkl"] == pytest.approx(0.5 * math.log(ratio) ** 2)
 
 
 def test_the_value_loss_takes_the_larger_error():
@@ -154,12 +136,6 @@ def test_the_kl_controller_follows_its_closed_form():
     assert rlhf.kl_controller(second, 5.0, 0.0, 1000, 1000) == second  # without a target
 
 
-def test_the_kl_coefficient_stays_above_zero():
-    """Also where a batch is many times as long as the horizon: it changes by at most 20%."""
-    assert rlhf.kl_controller(0.2, 0.0, 6.0, 8, 1) == pytest.approx(0.16)
-    assert rlhf.kl_controller(0.2, 100.0, 6.0, 8, 1) == pytest.approx(0.24)
-
-
 def test_reward_loss_identities():
     """Equal scores cost ln 2; a constant added to both changes nothing; it is the cross-entropy of a softmax over two."""
     chosen, rejected = torch.tensor([1.0, -2.0, 0.3]), torch.tensor([0.5, 1.0, 0.3])
@@ -176,15 +152,6 @@ def test_dpo_starts_at_ln_2_with_the_gradient_of_the_paper():
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
     assert chosen.grad.tolist() == pytest.approx([-0.075, -0.075]) and rejected.grad.tolist() == pytest.approx([0.075] * 2)
-
-
-def test_dpo_with_smoothing_is_the_mean_over_both_labels():
-    """Smoothing by 0.25 mixes the losses of the labels as given and as swapped, 3 to 1."""
-    a = [torch.tensor([v]) for v in (-2.0, -3.0, -2.5, -2.8)]
-    swapped = [a[1], a[0], a[3], a[2]]
-    expected = 0.75 * rlhf.dpo_loss(*a) + 0.25 * rlhf.dpo_loss(*swapped)
-    assert rlhf.dpo_loss(*a, label_smoothing=0.25).item() == pytest.approx(expected.item())
-    assert rlhf.dpo_loss(*a).item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * (0.5 + 0.2)))))
 
 
 LENGTHS = torch.tensor([4.0, 2.0]), torch.tensor([5.0, 8.0])  # tokens of the chosen and of the rejected answers
@@ -251,27 +218,6 @@ def test_orpo_writes_the_chosen_answer_and_widens_the_odds():
     assert math.isfinite(loss.item()) and certain.grad.isfinite().all()
 
 
-@pytest.mark.peer
-def test_the_losses_and_advantages_are_trls():
-    """TRL 1.12: ORPO's odds ratio, SimPO and IPO in CPOTrainer, whose log-probabilities are means per token there."""
-    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
-    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
-    torch.manual_seed(0)
-    lengths = torch.randint(1, 30, (2, 16)).float()
-    chosen, rejected, ref_chosen, ref_rejected = -torch.rand(4, 16) * 3 * lengths[[0, 1, 0, 1]]
-    means = chosen / lengths[0], rejected / lengths[1]
-    self = mock.Mock(beta=0.4, alpha=0.0, simpo_gamma=0.7, label_smoothing=0.0, loss_type="simpo")
-    self.accelerator.device = "cpu"
-    theirs = cpo.cpo_loss(self, *means)[0].mean().item()
-    assert rlhf.simpo_loss(chosen, rejected, *lengths, 0.4, 0.7).item() == pytest.approx(theirs, rel=1e-5)
-    theirs = -orpo.odds_ratio_loss(self, *means)[0].mean().item() - means[0].mean().item()
-    assert rlhf.orpo_loss(chosen, rejected, *lengths, 0.4).item() == pytest.approx(theirs, rel=1e-5)
-    self.loss_type = "ipo"
-    ratios = (chosen - ref_chosen) / lengths[0], (rejected - ref_rejected) / lengths[1]
-    theirs = cpo.cpo_loss(self, *ratios)[0].mean().item()
-    assert rlhf.ipo_loss(*ratios, *torch.zeros(2, 16), beta=0.4).item() == pytest.approx(theirs, rel=1e-5)
-
-
 def test_dpo_trains_by_every_loss(folder):
     """The first training loss is that of the start: ln 2, 1 / (4 beta^2), and those of SimPO, ORPO and SFT from the
     start's own log-probabilities; each falls, and margins grow; --beta is 2 for SimPO alone."""
@@ -290,21 +236,11 @@ def test_dpo_trains_by_every_loss(folder):
              "simpo": sum(minus_log_sigmoid(2 * (a - b) - 1) for a, b in gaps) / len(gaps),
              "orpo": sum(-a + 0.1 * minus_log_sigmoid(log_odds(a) - log_odds(b)) for a, b in gaps) / len(gaps)}
     for loss in rlhf.LOSSES:
-        summary = run("dpo", "--loss", loss, "--epochs", 12, "--learning_rate", 3e-3, "--batch_size", len(rows), "--fresh")
+        summary = run("dpo", "--loss", loss, "--epochs", 6, "--learning_rate", 3e-3, "--batch_size", len(rows), "--fresh")
         losses = [row["loss"] for row in logged("dpo") if "loss" in row]
         assert losses[0] == pytest.approx(first[loss], rel=1e-4) and losses[-1] < losses[0], loss
         assert [row["val_rewards/margins"] for row in logged("dpo") if "val_loss" in row][-1] > 0, loss
         assert summary["config"]["beta"] == (2.0 if loss == "simpo" else 0.1)
-
-
-def test_group_advantages_sum_to_zero_and_ignore_equal_groups():
-    """Zero sum and unit deviation in each group, zeros where all scores are equal, and the order within does not matter."""
-    scores = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 5.0, 5.0, 5.0])
-    got = rlhf.group_advantages(scores, 4)
-    assert got[:4].sum().item() == pytest.approx(0, abs=1e-6) and got[:4].std().item() == pytest.approx(1, abs=1e-3)
-    assert got[4:].tolist() == [0, 0, 0, 0]
-    order = torch.tensor([2, 0, 3, 1, 4, 5, 6, 7])
-    assert torch.allclose(rlhf.group_advantages(scores[order], 4), got[order])
 
 
 def test_group_advantages_and_the_dpo_loss_are_trls():
@@ -478,10 +414,9 @@ def test_padding_changes_no_score_and_no_gradient(tmp_path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][0], results[1][0]))
 
 
-@pytest.mark.parametrize("head", rlhf.HEADS)
-def test_a_reward_model_takes_any_kind_of_mask(head):
+def test_a_reward_model_takes_any_kind_of_mask():
     """Whole numbers, truth values and floats say the same."""
-    model, ids = RewardModel(toy(), head), torch.tensor([[0, 0, 3, 4, 5], [2, 3, 4, 5, 6]])
+    model, ids = RewardModel(toy(), "likelihood"), torch.tensor([[0, 0, 3, 4, 5], [2, 3, 4, 5, 6]])
     with torch.no_grad():
         scores = [model(ids, (ids > 0).to(dtype), 2) for dtype in (torch.long, torch.bool, torch.float32)]
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2]) and scores[0][0] != scores[0][1]
@@ -500,18 +435,6 @@ def test_a_reward_models_score_ignores_padding_and_batch(head):
     assert torch.allclose(model(answers, real, R)[1:2], model(torch.tensor([[1, 2, 3]]), None, 2), atol=1e-6)
     assert torch.allclose(scores[:2], alone.expand(2), atol=1e-6) and abs(scores[2] - alone) > 1e-3
     assert not torch.allclose(model(torch.tensor([[1, 2, 3, 0]])), alone, atol=1e-3)
-
-
-@pytest.mark.parametrize("head", rlhf.HEADS)
-def test_a_score_in_bfloat16_is_nearly_that_in_float32(head):
-    """Under autocast the trunk rounds, but the head computes in float32 and tells apart what bfloat16 would not."""
-    torch.manual_seed(0)
-    model, (ids, mask, R) = RewardModel(toy(sharp=10), head), rlhf.pack([[4, 1, 3], [1]], [[2, 3], [5, 6, 7]], 0)
-    with torch.no_grad():
-        exact = model(ids, mask, R)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            rounded = model(ids, mask, R)
-    assert rounded.dtype == torch.float32 and torch.allclose(rounded, exact, atol=0.1) and not torch.equal(rounded, exact)
 
 
 def test_the_mlp_head_has_the_two_layers_of_the_notes():
@@ -561,12 +484,11 @@ def test_pairs_as_padded_rows_are_as_each_answer_alone(head):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1]))
 
 
-@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
-def test_the_first_update_is_reinforce(drop_rate, tmp_path):
+def test_the_first_update_is_reinforce(tmp_path):
     """At the first pass every ratio is 1 to the bit, nothing is clipped, and the gradient is -sum(A grad logp) / n.
 
     A model left in training mode with dropout must pass too: training a policy switches it off."""
-    model = toy(drop_rate=drop_rate).double().train()
+    model = toy(drop_rate=0.1).double().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gradients, rollout, row = first_update(model, tmp_path, accumulate=2, vf_coef=0.0, kl_coef=0.1)
     assert row["policy/approxkl"] == row["policy/clipfrac"] == 0 and row["val/ratio"] == 1
@@ -610,10 +532,9 @@ SMALL = dict(emb_dim=16, n_layers=1, context_length=8)
 LEARNING = dict(batch_size=256, group=256, learning_rate=1e-2, weight_decay=0.0)  # all responses to one prompt
 
 
-@pytest.mark.parametrize("beta", [0.5, 0.25])
-def test_ppo_finds_the_optimum_of_a_bandit(beta, tmp_path):
+def test_ppo_finds_the_optimum_of_a_bandit(tmp_path):
     """One token of 8: PPO ends within 0.005 nats of pi_ref exp(r / beta)."""
-    model = toy(8, sharp=10, **SMALL)
+    model, beta = toy(8, sharp=10, **SMALL), 0.25
     best, _, rewards = optimum(model, [0], 8, 1, letter_values, beta)
     assert distance(model, [0], 8, 1, best) > 0.7
     learn(model, ["a"], letter_values, tmp_path, max_steps=60, response_length=1, kl_coef=beta, ppo_epochs=2, **LEARNING)
@@ -622,13 +543,14 @@ def test_ppo_finds_the_optimum_of_a_bandit(beta, tmp_path):
     assert reached == pytest.approx((best.exp() * rewards).sum().item(), abs=0.02)
 
 
-def sequence_toy(folder):
+def sequence_toy(folder, steps):
     """Return (distance at the start, at the end, value reached - optimal value) of PPO on all responses of 3 letters."""
     model, beta = toy(4, sharp=10, **SMALL), 0.5
     best, value, rewards = optimum(model, [0, 1], 4, 3, letter_values, beta)
     _, ref = distribution(model, [0, 1], 4, 3)
     before = distance(model, [0, 1], 4, 3, best)
-    learn(model, ["ab"], letter_values, folder, max_steps=80, response_length=3, kl_coef=beta, ppo_epochs=4, **LEARNING)
+    learn(model, ["ab"], letter_values, folder, max_steps=steps, response_length=3, kl_coef=beta, ppo_epochs=4,
+          **LEARNING)
     _, now = distribution(model, [0, 1], 4, 3)
     reached = (now.exp() * (rewards - beta * (now - ref))).sum().item()
     return before, distance(model, [0, 1], 4, 3, best), reached - value
@@ -636,7 +558,7 @@ def sequence_toy(folder):
 
 def test_ppo_finds_the_optimum_over_sequences(tmp_path):
     """40 responses of unequal length: within 0.05 nats of the optimum, and its value within 0.02 of beta log Z."""
-    before, after, missing = sequence_toy(tmp_path)
+    before, after, missing = sequence_toy(tmp_path, 60)
     assert before > 0.5 and after < 0.05 and abs(missing) < 0.02
 
 
@@ -659,7 +581,7 @@ rlhf_token_rewards = rlhf.token_rewards
 def test_the_toy_tells_a_wrong_kl_from_the_right_one(wrong, monkeypatch, tmp_path):
     """The control of the test above: a flipped sign, or k3 as a reward, ends far from the optimum."""
     monkeypatch.setattr(rlhf, "token_rewards", wrong)
-    assert sequence_toy(tmp_path)[1] > 0.3
+    assert sequence_toy(tmp_path, 30)[1] > 0.3
 
 
 def even_share(prompts, responses):
@@ -679,14 +601,12 @@ def longer_toy(folder, stage="ppo", reward=even_share, steps=32, **given):
 
 @pytest.mark.slow
 def test_ppo_and_grpo_learn_a_property_of_whole_responses(tmp_path):
-    """Even letters: both raise the score by more than 0.8 of 4; a shuffled reward does not, nor a strong tie to the start."""
+    """Even letters: both raise the score by more than 0.8 of 4; a shuffled reward, the control, does not."""
     before, after = longer_toy(tmp_path)
     assert after - before > 0.8
     rng = random.Random(0)
     shuffled = longer_toy(tmp_path, reward=lambda p, r: rng.sample(even_share(p, r), len(r)))
     assert shuffled[1] - before < 0.4
-    tied = longer_toy(tmp_path, kl_coef=2.0)
-    assert tied[1] - before < 0.4
     before, after = longer_toy(tmp_path, "grpo", steps=40, batch_size=64, group=8, ppo_epochs=1)
     assert after - before > 0.8
 
@@ -793,14 +713,6 @@ def test_dpo_implies_the_true_reward_on_a_bandit():
     assert (implied - implied.mean() - reward + reward.mean()).abs().max() < 0.04
     best = torch.log_softmax(ref + reward / beta, 0)
     assert F.kl_div(best, torch.log_softmax(logits.detach(), 0), log_target=True, reduction="sum").item() < 0.002
-
-
-def test_a_group_of_equal_rewards_teaches_nothing(tmp_path):
-    """GRPO without a KL term: the gradient is 0 for groups whose scores are all equal, whatever their size."""
-    gradients, rollout, row = first_update(toy(sharp=10), tmp_path, ["ab"], lambda p, r: [98765.4] * len(r), stage="grpo",
-                                           batch_size=4, group=4, kl_coef=0.0)
-    assert len(rollout.ids) == 4 and "loss/value" not in row
-    assert max(gradient.abs().max().item() for gradient in gradients) == 0.0
 
 
 def mixed(prompts, responses):
@@ -1011,15 +923,14 @@ def weights(path):
     return digest.hexdigest(), state["progress"]["extra"]["kl_coef"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora_rank", 2)])
-def test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits(folder, capsys, flags):
+def test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits(folder, capsys):
     """Policy, value head, optimizer, KL coefficient, random numbers and data position: as if nothing had happened."""
     (folder / "failing.py").write_text(
         "import os\nfrom mine import length\ncalls = []\n\ndef reward(prompts, responses):\n    calls.append(1)\n"
         "    if os.path.exists('broken') and len(calls) == 5:\n        raise OSError('the server is away')\n"
         "    return length(prompts, responses)\n")
     flags = ("--reward", "failing:reward", "--max_steps", 4, "--save_every", 1, "--kl_target", 0.001, "--kl_horizon", 20,
-             "--learning_rate", 1e-2, *flags)
+             "--learning_rate", 1e-2)
     Path("broken").touch()
     run("ppo", *flags, "--out_dir", "stopped", status=1)  # calls: the evaluation at 0, steps 1 and 2, evaluation, step 3
     assert "OSError: the server is away" in capsys.readouterr().err
@@ -1034,21 +945,6 @@ def test_a_reward_that_fails_stops_the_run_and_resuming_ends_with_the_same_bits(
     assert "nothing to do" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["reward", "dpo", "grpo"])
-def test_a_stopped_run_ends_with_the_same_bits(folder, stop_after, command):
-    """Stopped by a signal at the second step and continued: the state of a run that was never stopped."""
-    flags = {"reward": (), "dpo": ("--lora_rank", 2), "grpo": ("--reward", "mine:length", "--group", 4)}[command]
-    flags = (*flags, "--max_steps", 4, "--learning_rate", 1e-2)
-    with stop_after(2):
-        run(command, *flags, "--out_dir", "stopped", status=143)
-    assert train.read_state("stopped/state.pt")["progress"]["step"] == 2
-    run(command, *flags, "--out_dir", "stopped", "--resume")
-    run(command, *flags, "--out_dir", "whole")
-    states = [train.read_state(f"{name}/state.pt") for name in ("stopped", "whole")]
-    assert all(torch.equal(tensor, states[1]["model"][name]) for name, tensor in states[0]["model"].items())
-    assert torch.equal(states[0]["rng"], states[1]["rng"])
-
-
 def test_another_reward_model_is_another_run(folder, capsys):
     """A run is not continued against a reward model that was trained anew since."""
     run("reward", "--max_steps", 2)
@@ -1060,33 +956,6 @@ def test_another_reward_model_is_another_run(folder, capsys):
     assert "other data" in capsys.readouterr().err
 
 
-def test_a_policy_with_dropout_begins_at_its_start(folder):
-    """Evaluated before the first step it is 0 nats away: neither side drops anything."""
-    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--drop_rate", 0.5)
-    first = next(row for row in logged("ppo") if "val_kl" in row)
-    assert first["step"] == 0 and first["val_kl"] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_run_that_was_killed_shows_each_sample_once(folder, monkeypatch):
-    """Killed between an evaluation and the save after it, then resumed: samples.txt is that of a run never stopped."""
-    flags = ("--reward", "mine:length", "--max_steps", 4, "--save_every", 0)
-    run("ppo", *flags, "--out_dir", "whole")
-    looks = []
-
-    def killed(stop):
-        looks.append(1)
-        if len(looks) == 2:
-            raise OSError("the power went")
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Stop, "__bool__", killed)
-        run("ppo", *flags, "--out_dir", "killed", status=1)
-    run("ppo", *flags, "--out_dir", "killed", "--resume")
-    whole, killed = (Path(name, "samples.txt").read_text(encoding="utf-8") for name in ("whole", "killed"))
-    assert killed == whole and whole.count("--- step ") == 3
-
-
 def test_a_file_is_divided_alike_whatever_the_seed(folder):
     """So no policy is tested on prompts that its reward model learned from; --split_seed divides otherwise."""
     divided = [[{pair["prompt"] for pair in part} for part in rlhf.load_pairs(Config(
@@ -1095,15 +964,6 @@ def test_a_file_is_divided_alike_whatever_the_seed(folder):
     assert all(not a & b for parts in divided for a, b in itertools.combinations(parts, 2))
     prompts = [{pair["prompt"] for pair in part} for part in rlhf.load_pairs(Config(data="pairs.json"), answers=False)]
     assert prompts == divided[0]
-
-
-def test_a_policy_of_another_division_is_noted(folder, capsys):
-    """Tested on what it may have been trained on: a line on stderr, which the right --split_seed does without."""
-    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--split_seed", 7)
-    capsys.readouterr()
-    for flags, noted in (((), True), (("--split_seed", 7), False)):
-        run("evaluate", *flags)
-        assert ("--split_seed 7" in capsys.readouterr().err) == noted
 
 
 def test_with_lora_the_reference_is_the_model_with_its_adapters_off(folder):
@@ -1133,27 +993,6 @@ def test_a_lora_run_leaves_an_adapter_and_a_merged_model(folder):
     merged, ids = gpt.load_checkpoint("out/ppo/model.safetensors")[0], torch.randint(20, (2, 10))
     adapted = load_lora(base, "out/ppo/adapter")
     assert torch.allclose(merged(ids), adapted(ids), atol=1e-5)
-
-
-def test_a_reward_model_with_adapters_is_saved_merged(folder):
-    """Trained by adapters and head alone, its file scores as a reward model of its own."""
-    summary = run("reward", "--epochs", 4, "--lora_rank", 4, "--learning_rate", 1e-2)
-    assert summary["accuracy"] == 1.0 and Path("out/reward/adapter").is_dir()
-    assert not any("lora" in name for name in gpt.read_safetensors("out/reward/model.safetensors")[0])
-
-
-def test_dpo_and_grpo_runs_begin_where_they_should(folder):
-    """DPO's first loss is ln 2 and falls, margins grow; GRPO trains no value head; SFT on the chosen runs."""
-    run("dpo", "--epochs", 3, "--learning_rate", 1e-2)
-    losses = [row["loss"] for row in logged("dpo") if "loss" in row]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.3
-    for key in ("rewards/margins", "val_rewards/margins"):
-        assert [row[key] for row in logged("dpo") if key in row][-1] > 1
-    assert [row["val_rewards/accuracies"] for row in logged("dpo") if "val_loss" in row][-1] == 1.0
-    assert ">val_rewards/margins " in Path("out/dpo/curves.svg").read_text(encoding="utf-8")
-    summary = run("grpo", "--reward", "mine:length", "--max_steps", 2, "--group", 4)
-    assert summary["trainable_parameters"] == sum(p.numel() for p in gpt.load_checkpoint("start.safetensors")[0].parameters())
-    assert run("dpo", "--loss", "sft", "--max_steps", 3, "--fresh")["kl"] > 0
 
 
 def test_ppo_and_grpo_take_prompts_without_answers(folder):
@@ -1209,22 +1048,6 @@ def test_a_reward_for_right_answers_alone_teaches_them(questions, capsys):
     assert rows["grpo"]["sampled"][0] == pytest.approx(summary["sampled_after"])
 
 
-def test_sampled_accuracy_and_pass_at_8_are_those_of_counted_samples(questions):
-    """Of each prompt's 8 responses, drawn here one prompt at a time: their mean and maximum agree within chance."""
-    model, tokenizer, _ = gpt.load_checkpoint("coin.safetensors")
-    config = Config(data="questions.jsonl", reward="exact", temperature=1.0, response_length=4)
-    rows = rlhf.encode_prompts(rlhf.load_pairs(config, answers=False)[0][:60], tokenizer, "plain", model, config)
-    measure = rlhf.Measure(rlhf.reference_of(model), None, tokenizer, config)
-    found = rlhf.assess(model, rows, measure, final=True)
-    torch.manual_seed(0)
-    hits = torch.tensor([[float(text == row.text["output"]) for text in
-                          rlhf.sample_responses(model, [row.prompt], tokenizer, config, 8)[1]] for row in rows])
-    assert abs(hits.mean() - found["sampled"].mean()) < 4 * math.sqrt(2 * 0.25 / hits.numel())
-    assert abs(hits.amax(1).mean() - found["pass@8"].mean()) < 0.1
-    assert set(found["pass@8"].tolist()) <= {0.0, 1.0} and (found["pass@8"] >= found["sampled"]).all()
-    assert "sampled" not in rlhf.assess(model, rows[:2], measure)
-
-
 def test_a_reward_for_right_answers_that_nobody_earns_is_refused(questions, capsys):
     """None right at the start, or all right, or no right answers known: one line, and nothing stays."""
     rows = [{"instruction": row["instruction"], "output": "cat"} for row in questions]
@@ -1237,18 +1060,6 @@ def test_a_reward_for_right_answers_that_nobody_earns_is_refused(questions, caps
     assert not Path("out/grpo").exists()
 
 
-def test_an_earlier_evaluation_is_kept(folder, capsys):
-    """evaluation.json always holds the last table; what stood there before gets a number."""
-    run("ppo", "--reward", "mine:length", "--max_steps", 1)
-    files = [Path(f"out/ppo/evaluation{number}.json") for number in ("", ".1", ".2")]
-    tables = []
-    for prompts in (2, 3, 4):
-        run("evaluate", "--reward", "mine:length", "--test_prompts", prompts)
-        tables.append(files[0].read_bytes())
-    assert [file.read_bytes() for file in files] == [tables[2], tables[0], tables[1]]
-    assert "kept as out/ppo/evaluation.2.json" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("advantage", ["group", "group-mean", "rloo"])
 def test_one_prompt_whose_responses_all_earn_the_same_stays_as_it_is(advantage, tmp_path):
     """Public reports of NaN, or of drift by the KL alone, in TRL (3857, 5640): all groups are equal, and nothing moves."""
@@ -1258,24 +1069,8 @@ def test_one_prompt_whose_responses_all_earn_the_same_stays_as_it_is(advantage, 
                  batch_size=4, group=4, response_length=4, advantage=advantage, eval_every=1)
     figures = [row for row in rows if "val/ratio" in row]
     assert all(math.isfinite(value) for row in figures for value in row.values())
-    assert [row["val/equal_groups"] for row in figures] == [1, 1, 1]
+    assert [row["val/equal_groups"] for row in figures] == [1, 1, 1] and "loss/value" not in figures[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_responses_that_are_all_cut_leave_finite_figures(folder):
-    """A public report of NaN where no completion ends (TRL 3248, 5826): one token of room, so that none can end itself."""
-    (folder / "mine.py").write_text("def letter(prompts, responses):\n    return [float(ord((r or 'a')[0])) for r in responses]\n")
-    for command, flags in (("ppo", ()), ("grpo", ("--group", 4))):
-        run(command, "--reward", "mine:letter", "--response_length", 1, "--max_steps", 2, *flags)
-        rows = [row for row in logged(command) if "val/ratio" in row]
-        assert all(math.isfinite(value) for row in rows for value in row.values()) and rows[0]["val/stopped"] < 0.5
-
-
-def test_the_kl_coefficient_of_a_run_stays_above_zero(folder):
-    """--kl_horizon shorter than a batch: the coefficient falls by at most 20% a step."""
-    run("ppo", "--reward", "mine:length", "--max_steps", 3, "--kl_target", 6, "--kl_horizon", 1, "--ptx_coef", 0)
-    found = [row["objective/kl_coef"] for row in logged("ppo") if "objective/kl_coef" in row]
-    assert found == pytest.approx([0.2, 0.16, 0.128])
 
 
 def test_a_sparse_reward_may_begin_at_zero(folder, capsys):
@@ -1322,21 +1117,6 @@ def test_a_reward_model_trains_with_one_validation_prompt(folder, monkeypatch, c
     assert "only validation prompt" in capsys.readouterr().err and not Path("none").exists()
 
 
-def test_evaluation_of_one_prompt_is_json(folder):
-    """There is no interval of one value: null, and no Infinity, which other readers of JSON refuse."""
-    run("ppo", "--reward", "mine:length", "--max_steps", 1, "--test_prompts", 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run("evaluate", "--reward", "mine:length", "--test_prompts", 1)
-
-    def refuse(name):
-        raise AssertionError(name)
-
-    for file in ("summary.json", "evaluation.json"):
-        found = json.loads(Path("out/ppo", file).read_text(encoding="utf-8"), parse_constant=refuse)
-    assert found["rows"]["ppo"]["reward"][1] is None and found["rows"]["ppo"]["reward"][0] >= 0
-
-
 def test_the_table_is_written_before_the_judge_is_asked(folder, monkeypatch, capsys):
     """No server: an error, but everything that was sampled and scored is there. With one, its win rate is added."""
     run("ppo", "--reward", "mine:length", "--max_steps", 2, "--learning_rate", 1e-2, "--kl_coef", 0)
@@ -1373,6 +1153,7 @@ def test_the_table_of_methods_at_toy_size(folder, monkeypatch, capsys):
     """Every cell is made once; the table stands between its markers, the rest of the file stays; the drawing is XML."""
     import methods
 
+    monkeypatch.setattr(methods, "METHODS", dict(list(methods.METHODS.items())[:2]))
     Path("results.md").write_text("# Results\n\n<!-- methods -->\nold\n<!-- /methods -->\n\nThe end.\n", encoding="utf-8")
     argv = ("--init start.safetensors --data pairs.json --results results.md --figure m.svg --seeds 1 --steps 1 "
             "--test_prompts 6 --response_length 8").split()
@@ -1444,15 +1225,6 @@ def test_two_models_are_compared_blind(folder, monkeypatch):
     assert 0 < sum(two[0] == "other.safetensors" for two in writers) < 12
 
 
-def test_rating_with_a_closed_stdin_is_one_line(folder):
-    """`rate <&-` has nobody to ask: status 1 and one line, and no file is made."""
-    script = Path(rlhf.__file__).resolve()
-    done = subprocess.run(["sh", "-c", f"'{sys.executable}' '{script}' {' '.join(argv('rate'))} <&-"], capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "stdin is closed" in done.stderr
-    assert not Path("out/ratings").exists()
-
-
 # --- what a user can get wrong
 
 
@@ -1520,23 +1292,3 @@ def test_the_default_rate_depends_on_the_size_of_the_start_and_on_adapters(size,
     found = rlhf.adjust("reward", Config(init=str(path), lora_rank=rank))
     assert found == {"learning_rate": pytest.approx(rate), "optimizer": optimizer, "beta": 0.1}
     assert rlhf.adjust("ppo", Config(init="gpt2"))["learning_rate"] == 3e-6
-
-
-def test_an_untied_linear_reward_model_resumes_and_the_folders_of_all_by_stage(tmp_path, monkeypatch, stop_after, capsys):
-    """A head of tokens that nothing reads has no moments to miss, and `all` saves the options that its stages have."""
-    monkeypatch.chdir(tmp_path)
-    tokenizer = CharTokenizer.train(["".join(map(chr, range(32, 127))) + "\n"], specials=True)
-    torch.manual_seed(0)
-    untied = gpt.GPTModel(gpt.GPTConfig(tokenizer.vocab_size, 64, 8, 2, 1, drop_rate=0.0))
-    gpt.save_checkpoint("untied.safetensors", untied, tokenizer, template="plain")
-    pairs = [{"prompt": f"say {n}", "chosen": f"{n} yes", "rejected": f"no {n}"} for n in range(60)]
-    Path("pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    base = "--data pairs.json --init untied.safetensors --max_steps 4 --response_length 3 --eval_prompts 2".split()
-    reward = ["reward", *base, "--head", "linear", "--batch_size", "8", "--epochs", "0", "--out_dir", "r"]
-    with stop_after(2):
-        assert rlhf.main(reward) == 143
-    assert rlhf.main([*reward, "--resume"]) == 0
-    assert rlhf.main(["all", *base, "--test_prompts", "2", "--out_dir", "o"]) == 0
-    capsys.readouterr()
-    assert rlhf.main(["reward", *base, "--out_dir", "o/reward", "--resume"]) == 0
-    assert "is finished" in capsys.readouterr().err
