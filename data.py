@@ -442,6 +442,8 @@ def preference(entry, place="entry"):
 def read_choices(source):
     """Return the questions of a multiple-choice file or dataset, dicts of `prompt`, `choices` (a list) and `answer`, a
     choice's number from 0, or its text in the file. In HellaSwag's form they are `ctx`, `endings` and `label`."""
+    if source == "tinyworld":
+        return fact_choices()
     questions = []
     for place, entry in records(locate(source, "choices")):
         asked, listed, right = ("ctx", "endings", "label") if "endings" in entry else ("prompt", "choices", "answer")
@@ -975,6 +977,21 @@ def true_facts(text):
             if begin in ends:
                 count[sentence == f"{begin} {ends[begin]}"] += 1
     return count[True], count.total()
+
+
+def fact_choices():
+    """Questions as of `read_choices` about every fact, in the phrasing that the corpus never tells: one of four ends is
+    true, the others are so of something else."""
+    rng, ends, questions = random.Random(0), {}, []
+    for (relation, _), true in FACTS.items():
+        ends.setdefault(relation, set()).add(f"{true}.")
+    for relation, word in FACTS:
+        true, number = f"{FACTS[relation, word]}.", next(n for n in range(4) if not tells(relation, word, n))
+        choices = rng.sample(sorted(ends[relation] - {true}), 3)
+        choices.insert(rng.randrange(4), true)
+        prompt = TOLD[relation][number].partition(" {y}")[0].format(x=word)
+        questions.append({"prompt": prompt, "choices": choices, "answer": choices.index(true)})
+    return questions
 
 
 ANSWERS = {  # by kind: from what is asked and the slots of a template of TASKS to the answer

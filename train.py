@@ -117,7 +117,7 @@ class Config(Options):
     sample_tokens: int = option(60, "tokens of that sample, 0 = none", low=0)
     separator: str = option("", "what divides documents in a text file, as '<|endoftext|>'")
     checkpoint: str = option("out/pretrain/model.safetensors", "the model to evaluate")
-    task: str = option("", "hellaswag, or a .jsonl file of multiple-choice questions, scored instead of --data")
+    task: str = option("", "multiple-choice questions instead of --data: hellaswag, tinyworld, a .jsonl file")
 
 
 class Command(NamedTuple):
