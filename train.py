@@ -527,15 +527,16 @@ def check_same_run(state, folder, config, mark):
 def open_run(config, model, optimizers, progress, total, mark, stage):
     """Yield (folder, Stop) with the folder locked and everything where a run that is resumed was; its log is cut there.
 
-    `mark` is the run's `fingerprint`. Raises as `read_state`, `check_same_run` and `load_state`."""
+    `mark` is the run's `fingerprint`. Raises as `read_state`, `check_same_run` and `load_state`. Of a run that fails
+    before its first evaluation nothing stays."""
     folder = Path(config.out_dir)
     held = None if rank() else claim(folder, config)
     barrier()
-    stop = Stop()
+    stop, is_new = Stop(), not (folder / "state.pt").exists()
     try:
-        state = read_state(folder / "state.pt") if (folder / "state.pt").exists() else None
+        state = None if is_new else read_state(folder / "state.pt")
         barrier()  # so that no process takes for an old state what another one saves now
-        if state is None:  # saved before any other file, so that a run killed at any moment can be resumed
+        if is_new:  # saved before any other file, so that a run killed at any moment can be resumed
             save_state(folder, model, optimizers, progress, config, mark)
         else:
             check_same_run(state, folder, config, mark)
@@ -546,7 +547,7 @@ def open_run(config, model, optimizers, progress, total, mark, stage):
                 file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= progress.step).encode())
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{stage}: {total} steps, {count:,} trainable parameters, "
-              + (f"resumed at step {progress.step}" if state else f"a new run in {folder}"), file=sys.stderr)
+              + (f"a new run in {folder}" if is_new else f"resumed at step {progress.step}"), file=sys.stderr)
         yield folder, stop
     except OSError as error:  # a full disk shows when an open file is written to, and then has no name
         if error.errno and not error.filename:
@@ -555,6 +556,11 @@ def open_run(config, model, optimizers, progress, total, mark, stage):
     finally:
         stop.release()
         if held:
+            if is_new and progress.step == 0 and not (folder / "model.safetensors").exists():
+                for name in ("state.pt", "metrics.jsonl", ".lock"):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # something else is in it
+                    folder.rmdir()
             held.close()
 
 

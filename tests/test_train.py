@@ -604,3 +604,19 @@ def test_a_run_leaves_the_unfinished_files_of_other_runs_alone(text):
     pretrain("--max_steps", 1, "--warmup_steps", 0)
     assert Path("out/pretrain/other/.state.pt.999.tmp").exists() and Path("out/pretrain/.notes.tmp").exists()
     assert not Path("out/pretrain/.state.pt.99.tmp").exists()
+
+
+def test_a_state_that_cannot_be_read_stays_though_no_model_lies_beside_it(text, capsys, monkeypatch, stop_after):
+    """Of a new run that fails at once nothing stays; of one that is resumed everything does."""
+    with stop_after(2):
+        pretrain("--max_steps", 4, status=128 + signal.SIGTERM)
+    Path("out/pretrain/model.safetensors").unlink()
+    before = Path("out/pretrain/state.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **named: os.stat("gone"))
+        check_error(capsys, ["--data", text, *TINY, "--max_steps", "4", "--resume"], 1, "gone")
+    assert Path("out/pretrain/state.pt").read_bytes() == before
+    assert pretrain("--max_steps", 4, "--resume")["steps"] == 4
+    monkeypatch.setattr(train, "evaluate_and_save", lambda *parts: os.stat("gone"))
+    check_error(capsys, ["--data", text, *TINY, "--out_dir", "out/new"], 1, "gone")
+    assert not Path("out/new").exists()
