@@ -39,7 +39,7 @@ from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, add_adapters, autocast, batches, check_finite,
                    draw_curves, due, fingerprint, finished, full_precision, is_best, load_start, log, make_optimizers,
                    naive_bayes, open_run, option, read_log, report_step, run_script, save_best, save_state,
-                   set_learning_rate, start_run, stop_now, total_steps, wilson, write_summary)
+                   set_learning_rate, stop_now, total_steps, wilson, write_summary)
 
 LAYERS = {"head": 0, "last-block": 1, "last-two": 2, "all": None, "lora": None}  # how many blocks train, None = all
 POOLINGS = ("last", "mean", "position")
@@ -323,8 +323,7 @@ def train(config):
     optimizers, progress = make_optimizers(model, config), Progress()
     order = functools.partial(order_by_length, messages.lengths, config.batch_size, config.seed)
     forward = torch.compile(class_logits, dynamic=True) if config.compile else class_logits
-    with open_run(config, mark, progress) as (folder, state, stop):
-        start_run(folder, state, model, optimizers, progress, total, config, mark, "classification")
+    with open_run(config, model, optimizers, progress, total, mark, "classification") as (folder, stop):
         if progress.step == 0 and config.eval_every:
             evaluate_and_save(folder, model, tokenizer, info, val_messages, progress, total, n_frozen, context)
         for indices in batches(len(rows[0]), config, progress, total, order):  # 1. each epoch  2. each batch

@@ -45,7 +45,7 @@ from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, all_sum, autocast, barrier, batches,
                    check_finite, draw_curves, due, fingerprint, finished, is_best, is_large, load_start, log,
                    make_optimizers, next_token_loss, on_first_rank, open_run, option, rank, read_log, report_step,
-                   run_script, save_best, save_state, set_learning_rate, shard, start_run, stop_now, sum_gradients,
+                   run_script, save_best, save_state, set_learning_rate, shard, stop_now, sum_gradients,
                    total_steps, wilson, write_summary)
 
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -626,8 +626,7 @@ def train(config):
     hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
     lengths = torch.tensor([len(ids) for ids, _ in items["train"]])
     order = lambda epoch: order_by_length(lengths, config.batch_size, config.seed, epoch)  # noqa: E731
-    with open_run(config, mark, progress) as (folder, state, stop):
-        start_run(folder, state, model, optimizers, progress, total, config, mark, "sft")
+    with open_run(config, model, optimizers, progress, total, mark, "sft") as (folder, stop):
         if progress.step == 0:
             evaluate_and_save(folder, model, tokenizer, info, val, progress, config)
         for indices in batches(len(lengths), config, progress, total, order):  # 1. each epoch  2. each batch

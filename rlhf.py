@@ -46,7 +46,7 @@ from torch.nn.utils import clip_grad_norm_
 from train import (TRAINING, AdapterOptions, Command, Progress, Z, add_adapters, autocast, batches, check_finite,
                    draw_curves, due, fingerprint, finished, full_precision, is_best, is_large, load_start, log,
                    make_optimizers, naive_bayes, open_run, option, read_log, report_step, run_script, save_best,
-                   save_state, set_learning_rate, start_run, stop_now, total_steps, wilson, write_summary)
+                   save_state, set_learning_rate, stop_now, total_steps, wilson, write_summary)
 
 HEADS, LOSSES = ("linear", "mlp", "likelihood"), ("dpo", "ipo", "simpo", "orpo", "sft")
 ADVANTAGES, NO_ANSWER = ("gae", "group", "group-mean", "rloo"), "(no answer)"
@@ -626,8 +626,7 @@ def train_reward(config):
     optimizers, progress, mark = make_optimizers(model, config), Progress(), run_mark(model, parts, config.init)
     info = dict(kind="reward", stage="reward", head=config.head, template=template)
     forward = torch.compile(model, dynamic=True) if config.compile else model
-    with open_run(config, mark, progress) as (folder, state, stop):
-        start_run(folder, state, model, optimizers, progress, total, config, mark, "reward")
+    with open_run(config, model, optimizers, progress, total, mark, "reward") as (folder, stop):
         for indices in batches(len(rows), config, progress, total):  # 1. each epoch  2. each batch
             clock = time.monotonic()
             model.zero_grad(set_to_none=True)  # 3. clear gradients
@@ -736,8 +735,7 @@ def train_policy(config):
     mark = run_mark(policy, prompts, config.init, config.reward)
     info = dict(stage=stage, template=template, data=config.data, split_seed=config.split_seed)
     forward = torch.compile(policy, dynamic=True) if config.compile else policy
-    with open_run(config, mark, progress) as (folder, state, stop):
-        start_run(folder, state, policy, optimizers, progress, total, config, mark, stage)
+    with open_run(config, policy, optimizers, progress, total, mark, stage) as (folder, stop):
         if progress.step == 0:
             evaluate_policy(folder, model, val_prompts, measure, progress, info)
         for indices in batches(len(prompts), per_step, progress, total):  # 1. each epoch  2. each batch
@@ -900,8 +898,7 @@ def train_dpo(config):
     optimizers, progress, mark = make_optimizers(model, config), Progress(), run_mark(model, parts, config.init)
     info = dict(stage="dpo", template=template, data=config.data, split_seed=config.split_seed)
     forward = torch.compile(sequence_logprobs, dynamic=True) if config.compile else sequence_logprobs
-    with open_run(config, mark, progress) as (folder, state, stop):
-        start_run(folder, state, model, optimizers, progress, total, config, mark, "dpo")
+    with open_run(config, model, optimizers, progress, total, mark, "dpo") as (folder, stop):
         for indices in batches(len(rows), config, progress, total):  # 1. each epoch  2. each batch
             clock = time.monotonic()
             model.zero_grad(set_to_none=True)  # 3. clear gradients

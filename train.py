@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import zipfile
-from argparse import ArgumentError, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import ArgumentError, BooleanOptionalAction, HelpFormatter
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,6 @@ class Options:
     eval_every: int = option(200, "steps between evaluations, 0 = only at the end", low=0)
     save_every: int = option(200, "steps between saves of state.pt, 0 = only at the end and when stopped", low=0)
     log_every: int = option(20, "steps between log lines", low=1, high=100)
-    patience: int = option(0, "stop after so many evaluations without a better one, 0 = never", low=0)
     seed: int = option(1234, "of all random numbers", low=0, high=2**31 - 1)
     device: str = option("auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")
     dtype: str = option("auto", "of matrix products; auto = bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
@@ -109,7 +108,6 @@ class Config(Options):
     n_layers: int = option(0, "blocks, 0 = the architecture's", low=0)
     n_heads: int = option(0, "heads, 0 = the architecture's", low=0)
     max_steps: int = option(900, "updates, 0 = no limit", low=0)
-    batch_size: int = option(16, "sequences per update, over all processes", low=1)
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     learning_rate: float = option(1.2e-2, "peak; AdamW 1e-3; at GPT-2's sizes Muon 2e-3, AdamW 6e-4", low=0)
     optimizer: str = option("muon", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
@@ -129,39 +127,35 @@ class Command(NamedTuple):
     defaults: dict = {}  # this command's own
 
 
-def parse_options(Config, word, command, script, argv, adjust=None):
-    """Return the Config of a command line; `adjust` is that of `run_script`. Raises ArgumentError outside a limit."""
-    prog = f"python {script} {word}"
-    parser = gpt.Parser(prog=prog, description=(command.function.__doc__ or "").partition("\n")[0],
-                        usage=f"{prog} [--flag value ...]" + " [text ...]" * ("text" in command.flags.split()),
-                        allow_abbrev=False, formatter_class=lambda prog: RawDescriptionHelpFormatter(prog, 2, 26, 119))
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    defaults = {name: command.defaults.get(name, fields[name].default) for name in command.flags.split()}
-    for name, default in defaults.items():
+def parse_options(Config, word, command, script, argv, adjust):
+    """Return the Config of a command line; raises ArgumentError for a number outside its limits."""
+    prog, fields = f"python {script} {word}", Config.__dataclass_fields__
+    parser = gpt.Parser(prog=prog, usage=f"{prog} [--flag value ...]", allow_abbrev=False,
+                        description=(command.function.__doc__ or "").partition("\n")[0],
+                        formatter_class=lambda prog: HelpFormatter(prog, 2, 26, 119))
+    for name in command.flags.split():
         kind, meta = fields[name].type, fields[name].metadata
-        help = meta["help"].replace("%", "%%") + " (default %(default)s)" * (default != "" and kind is not list)
+        default = command.defaults.get(name, fields[name].default)
+        shown = meta["help"].replace("%", "%%") + " (default %(default)s)" * (default not in ("", ()))
         if kind is list:  # of words, without a flag
-            parser.add_argument(name, nargs="*", help=help)
+            parser.add_argument(name, nargs="*", help=shown)
+            parser.usage += f" [{name} ...]"
         elif kind is bool:
-            parser.add_argument(f"--{name}", action=BooleanOptionalAction if default else "store_true", help=help)
+            action = BooleanOptionalAction if default else "store_true"
+            parser.add_argument(f"--{name}", action=action, help=shown)
         else:
-            parser.add_argument(f"--{name}", type=kind, choices=meta["choices"], help=help,
+            parser.add_argument(f"--{name}", type=kind, choices=meta["choices"], help=shown,
                                 metavar=None if meta["choices"] else kind.__name__)
-    parser.set_defaults(**defaults)
+        parser.set_defaults(**{name: default})
     if adjust:  # before --help is answered, which shows the adjusted defaults
         given, _ = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])
         adjusted = adjust(word, Config(**vars(given)))
-        parser.set_defaults(**{name: value for name, value in adjusted.items() if name in defaults})
+        parser.set_defaults(**{name: value for name, value in adjusted.items() if name in vars(given)})
     config = Config(**vars(parser.parse_args(argv)))
     for name, field in fields.items():
         value, low, high = getattr(config, name), field.metadata.get("low"), field.metadata.get("high")
         if low is not None and not low <= value <= (high or sys.float_info.max):  # so neither nan nor infinity
-            limits = f"at least {low}, at most {high}" if high else f"at least {low}"
-            raise ArgumentError(None, f"--{name} {value} must be a finite number, {limits}")
-    if not config.out_dir:
-        raise ArgumentError(None, "--out_dir is empty; give the run's folder")
-    if config.resume and config.fresh:
-        raise ArgumentError(None, "--resume continues a run and --fresh starts anew: choose one")
+            raise ArgumentError(None, f"--{name} {value} must be at least {low}, at most {high or 'a finite number'}")
     return config
 
 
@@ -185,29 +179,22 @@ def run_script(doc, Config, commands, argv=None, file=__file__, adjust=None):
         commands[word].function(config)
         barrier()
 
-    if rank():  # the first process speaks for all; when it has ended with an error, torchrun ends the others
+    if rank():  # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     status = gpt.guarded(parse_and_call, debug="--debug" in argv)
     if rank() and status in (1, 2):
-        time.sleep(10)
+        time.sleep(10)  # torchrun ends every process once one has failed: let the first one tell the error
     return status
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, started by torchrun: each computes its share of every batch, the first one does all the writing.
-#
-# There is no DistributedDataParallel: each loss is divided by the tokens of the whole batch and gradients are summed
-# once per update, so uneven shares weigh right, and tied weights, Muon and adapters need no thought.
+# Without DistributedDataParallel: each loss is divided by the tokens of the whole batch, and gradients are summed.
 
 
 def rank():
     """Return the number of this process among those that torchrun started, 0 for the first or only one."""
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-
-
-def world_size():
-    """Return how many processes work on this run, 1 where none were joined by `launch`."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def launch(config, command, parallel):
@@ -216,14 +203,10 @@ def launch(config, command, parallel):
         return
     if not parallel:
         raise ArgumentError(None, f"{command} runs in one process; start it without torchrun")
-    gpus = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if ":" in config.device or config.device == "mps" or gpus and local > gpus:
-        raise ArgumentError(None, f"--device {config.device}: {local} processes, {gpus} GPUs; start one per GPU with "
-                                  "--device cuda, or give --device cpu")
-    if gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    on_gpu = pick_device(config.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
 
 def all_sum(value):
@@ -247,24 +230,26 @@ def on_first_rank(function, *args):
     """Return function(*args), called in the first process before the others, which find the files it wrote."""
     if rank():
         barrier()
+        return function(*args)
     result = function(*args)
-    if not rank():
-        barrier()
+    barrier()
     return result
 
 
 def shard(items):
     """Return this process's share of a sequence: of range(5) the first of two gets 0, 2, 4 and the second 1, 3."""
-    return items[rank() :: world_size()] if dist.is_initialized() else items
+    return items[rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
 def sum_gradients(model):
     """Sum each trainable parameter's gradient over all processes, 0 for a process that had no rows."""
-    if dist.is_initialized():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            parameter.grad = grad.view_as(parameter)
+    if not dist.is_initialized():
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = all_sum(torch.cat([grad.flatten() for grad in grads]))  # one message for all of them
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = grad.view_as(parameter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,16 +261,14 @@ def load_start(config, default_command, kinds=("gpt",)):
     if config.init not in GPT_CONFIGS and not Path(config.init).exists():
         raise FileNotFoundError(f"{config.init} does not exist; make it with: {default_command}")
     model, tokenizer, info = gpt.load_checkpoint(config.init)
-    if info["kind"] not in kinds:
-        raise ValueError(f"{config.init} is a {info['kind']}; give a model of: {default_command}")
-    if tokenizer is None:
-        raise ValueError(f"{config.init} is a model without a tokenizer; give a model of: {default_command}")
-    length, positions = config.context_length or model.config.context_length, model.config.context_length
-    if length > positions:
-        raise ValueError(f"--context_length {length}: the model of --init has {positions} positions")
+    if info["kind"] not in kinds or tokenizer is None:
+        what = "a model without a tokenizer" if tokenizer is None else f"a {info['kind']}"
+        raise ValueError(f"{config.init} is {what}; give a model of: {default_command}")
+    length = config.context_length or model.config.context_length
+    if length > model.config.context_length:
+        raise ValueError(f"--context_length {length}: the model of --init has {model.config.context_length} positions")
     cropped = GPTModel(dataclasses.replace(model.config, context_length=length, drop_rate=config.drop_rate))
-    if info["kind"] == "classifier":
-        cropped.out_head = model.out_head
+    cropped.out_head = model.out_head if info["kind"] == "classifier" else cropped.out_head
     cropped.load_state_dict({**model.state_dict(), "pos_emb.weight": model.pos_emb.weight[:length]})
     return cropped, tokenizer, info
 
@@ -293,7 +276,6 @@ def load_start(config, default_command, kinds=("gpt",)):
 def add_adapters(model, config):
     """Freeze the model and give it LoRA adapters as --lora_* say, in place; raises ArgumentError for a mistake."""
     from lora import apply_lora
-
     try:
         apply_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     except ValueError as error:
@@ -301,13 +283,11 @@ def add_adapters(model, config):
 
 
 def autocast(config, device):
-    """Return the context of a forward pass: in bfloat16 if chosen; raises ArgumentError where the CPU has no units."""
-    units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.dtype == "float32" or config.dtype == "auto" and not units:
-        return contextlib.nullcontext()
-    if device.type == "cpu" and not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        raise ArgumentError(None, "--dtype bfloat16 is 8 times slower on this CPU; use --dtype float32")
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    """Return the context of a forward pass, in bfloat16 if --dtype says so or if it is auto and the GPU has units."""
+    has_units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.dtype == "bfloat16" or config.dtype == "auto" and has_units:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -338,8 +318,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized, for the matrices of hidden layers (Jordan et al. 2024).
 
     Updates are scaled by 0.2 sqrt(max(rows, columns)), AdamW's size (Liu et al. 2025, "Muon is scalable", 2.2), so the
-    same rate and weight decay serve both. A fused query/key/value matrix counts as three. Runs in the parameters' own
-    precision: torch's own Muon forces bfloat16."""
+    same rate and weight decay serve both. A fused query/key/value matrix counts as three."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.9):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -434,7 +413,6 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # of earlier parts of the run
     best: float = math.inf  # lowest validation figure so far
-    bad_evaluations: int = 0  # since then
     extra: dict = dataclasses.field(default_factory=dict)  # plain values of the script's own
     clock: float = dataclasses.field(default_factory=time.monotonic)  # when this part began
 
@@ -449,11 +427,10 @@ class Stop:
     def __init__(self):
         self.signal, self.previous = 0, {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread, which signals do not reach
-                self.previous[number] = signal.signal(number, self.receive)
+            self.previous[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        """Note the signal, at which the loop looks at the end of the step."""
+        """Note the signal; the loop looks at the end of the step."""
         self.signal = number
         signal.signal(number, self.previous[number])
         print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
@@ -483,6 +460,13 @@ def fingerprint(model, *data):
     return {"data": json_sha256(data), "frozen": digest.hexdigest()}
 
 
+def read_summary(folder):
+    """Return a finished stage's summary.json as a dict, {} where it is missing or was cut."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {}
+
+
 def finished(config):
     """Return the summary of a finished run at --resume, else None; raises ArgumentError where a run is in the way."""
     folder = Path(config.out_dir)
@@ -492,39 +476,28 @@ def finished(config):
     if not config.resume or "state.pt" not in found:
         what = ": --resume continues it," if "state.pt" in found else " without state.pt, which --resume needs:"
         raise ArgumentError(None, f"{folder} holds a run{what} --fresh moves it aside; or give another --out_dir")
-    with contextlib.suppress(FileNotFoundError, ValueError):  # not finished, or the summary was cut
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if summary.get("config") == deciding(config):
-            print(f"{folder} is finished: {summary['steps']} steps; nothing to do", file=sys.stderr)
-            return summary
-    return None
+    summary = read_summary(folder)
+    if summary.get("config") != deciding(config):
+        return None
+    print(f"{folder} is finished: {summary['steps']} steps; nothing to do", file=sys.stderr)
+    return summary
 
 
 def lock(folder):
     """Return an open file that keeps other processes out of the folder until it is closed or this process ends."""
-    file = open(folder / ".lock", "a+", encoding="utf-8")
-    try:
+    file = open(folder / ".lock", "a", encoding="utf-8")
+    with contextlib.suppress(ImportError):  # Windows has no file locks of this kind
         import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # Windows has no file locks of this kind
-    except BlockingIOError:
-        file.seek(0)
-        raise ArgumentError(None, f"{folder} is in use by process {file.read()}; choose another --out_dir") from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArgumentError(None, f"{folder} is in use by another process; choose another --out_dir") from None
     return file
 
 
 def claim(folder, config):
     """Return the lock of a run's folder that can be written to: --fresh moved the old one aside."""
     if config.fresh and any((folder / name).exists() for name in RUN_FILES):
-        full = folder.resolve()
-        if full in (Path.cwd(), *Path.cwd().parents) or full in Path(config.init).resolve().parents:
-            raise ArgumentError(None, f"--fresh moves {folder} aside, but --init or this shell is inside; give "
-                                      "another --out_dir")
         lock(folder).close()  # not from under a process that works there
         aside = next(name for n in range(1, 10**6) if not os.path.exists(name := f"{folder}.{n}"))
         os.rename(folder, aside)
@@ -532,37 +505,50 @@ def claim(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     finished(config)  # once more under the lock: another process may have worked here since
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob("adapter/.*.tmp")):
-        if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name):  # of a process that was killed while writing
-            leftover.unlink()
+    for leftover in (*folder.glob(".*.[0-9]*.tmp"), *folder.glob("adapter/.*.[0-9]*.tmp")):
+        leftover.unlink()  # of a process that was killed while writing
     return held
 
 
-@contextlib.contextmanager
-def open_run(config, mark, progress):
-    """Yield (folder, saved state or None, Stop) with the folder locked; `mark` is the run's `fingerprint`.
+def check_same_run(state, folder, config, mark):
+    """Raise ArgumentError where a saved run had other options, ValueError where it had other data or frozen weights."""
+    saved, given = state["options"], deciding(config)
+    changed = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}"
+               for key in sorted({*saved, *given}) if saved.get(key) != given.get(key)]
+    if changed:
+        raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; give the saved ones, or --fresh, "
+                                  f"or train on from it: --init {folder}/model.safetensors")
+    if state["fingerprint"] != mark:
+        raise ValueError(f"{folder} was trained on other data, or from another model than --init {config.init} is "
+                         "now; give the same, or --fresh")
 
-    Raises ArgumentError where options differ or the folder is in use, ValueError for a damaged state or other data.
-    Of a run that fails before its first evaluation nothing stays."""
-    folder, state = Path(config.out_dir), None
+
+@contextlib.contextmanager
+def open_run(config, model, optimizers, progress, total, mark, stage):
+    """Yield (folder, Stop) with the folder locked and everything where a run that is resumed was; its log is cut there.
+
+    `mark` is the run's `fingerprint`. Raises as `read_state`, `check_same_run` and `load_state`. Of a run that fails
+    before its first evaluation nothing stays."""
+    folder = Path(config.out_dir)
     held = None if rank() else claim(folder, config)
     barrier()
-    stop = Stop()
+    stop, is_new = Stop(), not (folder / "state.pt").exists()
     try:
-        if (folder / "state.pt").exists():
-            state = read_state(folder / "state.pt")
-            saved, given = state["options"], deciding(config)
-            changed = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}"
-                       for key in sorted({*saved, *given}) if saved.get(key) != given.get(key)]
-            if changed:
-                raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; give the saved ones, or "
-                                          f"--fresh, or train on from it: --init {folder}/model.safetensors")
-            if state["fingerprint"]["data"] != mark["data"]:
-                raise ValueError(f"{folder} was trained on other data or files; give the same, or --fresh")
-            if state["fingerprint"]["frozen"] != mark["frozen"]:
-                raise ValueError(f"--init {config.init} is no longer what {folder} started from; --fresh starts anew")
+        state = None if is_new else read_state(folder / "state.pt")
         barrier()  # so that no process takes for an old state what another one saves now
-        yield folder, state, stop
+        if is_new:  # saved before any other file, so that a run killed at any moment can be resumed
+            save_state(folder, model, optimizers, progress, config, mark)
+        else:
+            check_same_run(state, folder, config, mark)
+            load_state(state, model, optimizers, progress)
+        if not rank():
+            rows = read_log(folder) if progress.step else []
+            with replacing(folder / "metrics.jsonl") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= progress.step).encode())
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{stage}: {total} steps, {count:,} trainable parameters, "
+              + (f"a new run in {folder}" if is_new else f"resumed at step {progress.step}"), file=sys.stderr)
+        yield folder, stop
     except OSError as error:  # a full disk shows when an open file is written to, and then has no name
         if error.errno and not error.filename:
             error.filename = str(folder)
@@ -570,7 +556,7 @@ def open_run(config, mark, progress):
     finally:
         stop.release()
         if held:
-            if not (state or progress.step or (folder / "model.safetensors").exists()):
+            if is_new and progress.step == 0 and not (folder / "model.safetensors").exists():
                 for name in ("state.pt", "metrics.jsonl", ".lock"):
                     (folder / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # something else is in it
@@ -621,9 +607,9 @@ def save_state(folder, model, optimizers, progress, config, mark):
 
 
 def load_state(state, model, optimizers, progress):
-    """Put a saved state back into model, optimizers, random numbers and progress; raises ValueError if it does not fit.
+    """Put a saved state back into model, optimizers, random numbers and progress.
 
-    Every weight and moment is checked first: none missing, left over, of another shape, or not finite."""
+    Raises ValueError, and changes nothing, where a weight or moment is missing, left over, misshapen or not finite."""
     own, saved = trainable(model), state["optimizers"]
     if len(optimizers) != len(saved):
         raise ValueError("state.pt does not fit the model at the optimizers; --fresh starts anew")
@@ -653,33 +639,12 @@ def load_state(state, model, optimizers, progress):
         setattr(progress, key, value)
 
 
-def start_run(folder, state, model, optimizers, progress, total, config, mark, stage):
-    """Put a saved state back, or save the first one; cut what was logged after it; print what is going to run."""
-    if state is None:  # saved before any other file, so that a run killed at any moment can be resumed
-        save_state(folder, model, optimizers, progress, config, mark)
-    else:
-        load_state(state, model, optimizers, progress)
-    if not rank():
-        rows = read_log(folder) if progress.step else []
-        with replacing(folder / "metrics.jsonl") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= progress.step).encode())
-    if config.warmup_steps >= total:
-        print(f"warning: --warmup_steps {config.warmup_steps} of {total}: the rate never falls", file=sys.stderr)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{stage}: {total} steps, {count:,} trainable parameters, "
-          + (f"resumed at step {progress.step}" if state else f"a new run in {folder}"), file=sys.stderr)
-
-
 def batches(n, config, progress, total, order=None):
     """Yield the indices of each update's batch from progress.step on; `order(epoch)` is a permutation of n items.
 
-    Ends at `total` or with --patience. Ranks above 0 draw dropout from
-    (seed, step, rank), a resumed run too."""
+    Ranks above 0 draw dropout from (seed, step, rank), so that a resumed run draws the same."""
     per_epoch, indices = math.ceil(n / config.batch_size), []
     while progress.step < total:
-        if config.patience and progress.bad_evaluations >= config.patience:
-            print(f"no better evaluation in {progress.bad_evaluations}: stopping early", file=sys.stderr)
-            return
         epoch, place = divmod(progress.step, per_epoch)
         if place == 0 or not indices:
             indices = list(map(int, order(epoch) if order else epoch_order(n, config.seed, epoch)))
@@ -729,9 +694,7 @@ def read_log(folder):
 
 
 def report_step(folder, progress, total, config, loss, norm, rate, tokens, clock):
-    """Log every --log_every steps: mean loss, rate, gradient norm before clipping, tokens per second, time left.
-
-    `clock` is the step's start. A loss twice as high as any of the last 100 steps, and above 1, prints a warning."""
+    """Log and print every --log_every steps; warn of a loss twice as high as any of the last 100 (`clock` = start)."""
     recent = progress.extra.setdefault("recent", [])  # [loss, tokens, seconds] of the last steps
     highest = max((row[0] for row in recent), default=math.inf)
     if len(recent) >= 20 and loss > max(1.0, 2 * highest):
@@ -749,12 +712,10 @@ def report_step(folder, progress, total, config, loss, norm, rate, tokens, clock
 
 
 def is_best(progress, value):
-    """Return whether `value` is the lowest so far; --patience counts those that are not."""
+    """Return whether `value`, lower is better, is the best so far; raises ValueError where it is not finite."""
     if not math.isfinite(value):
         raise ValueError(f"step {progress.step}: the validation figure is {value}; lower --learning_rate")
-    better = value < progress.best
-    progress.best = min(value, progress.best)
-    progress.bad_evaluations = 0 if better else progress.bad_evaluations + 1
+    better, progress.best = value < progress.best, min(value, progress.best)
     return better
 
 
@@ -763,7 +724,6 @@ def save_best(folder, model, tokenizer, **info):
     adapted = any(name.endswith("lora_A") for name, _ in model.named_parameters())
     if adapted:
         from lora import merge_lora, save_lora, unmerge_lora
-
         save_lora(model, folder / "adapter")
         merge_lora(model)
     try:
@@ -803,11 +763,11 @@ def write_summary(folder, config, stage, progress, model, mark, **figures):
     """Return the summary of a finished run, a dict, after writing it as summary.json; `figures` are the stage's own."""
     parameters = list(model.parameters())
     summary = {"stage": stage, "seconds": round(progress.elapsed(), 1), "cpu_seconds": round(time.process_time(), 1),
-               "steps": progress.step, "command": config.command, "seed": config.seed,
+               "steps": progress.step, "command": config.command, "seed": config.seed, "processes": all_sum(1),
                "versions": {"python": platform.python_version(), "torch": torch.__version__,
                             "platform": platform.platform(), "threads": torch.get_num_threads()},
                "data": {"source": config.data, "sha256": mark["data"]}, "config": deciding(config),
-               "parameters": sum(p.numel() for p in parameters), "processes": world_size(),
+               "parameters": sum(p.numel() for p in parameters),
                "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad), **figures}
     if not rank():
         write_json(folder / "summary.json", summary)
@@ -830,15 +790,14 @@ def naive_bayes(rows):
 
     Multinomial naive Bayes on lower-cased words, add-one smoothing; unknown words do not count. Source: Manning,
     Raghavan and Schuetze 2008, Introduction to Information Retrieval, figure 13.2."""
-    classes = Counter(label for label, _ in rows)
+    classes, words = Counter(label for label, _ in rows), re.compile(r"\w+").findall
     counts = {label: Counter() for label in sorted(classes)}
     for label, text in rows:
-        counts[label].update(re.findall(r"\w+", text.lower()))
+        counts[label].update(words(text.lower()))
     vocabulary = set().union(*counts.values())
 
     def scores(text):
-        known = [word for word in re.findall(r"\w+", text.lower()) if word in vocabulary]
-        found = {}
+        known, found = [word for word in words(text.lower()) if word in vocabulary], {}
         for label, seen in counts.items():
             size, prior = seen.total() + len(vocabulary), math.log(classes[label] / len(rows))
             found[label] = prior + sum(math.log((seen[word] + 1) / size) for word in known)
@@ -861,19 +820,16 @@ def start_model(config):
                 raise ArgumentError(None, f"--{name} {value} does not go with --init {config.init}; leave one out")
         return load_start(config, "python train.py")[:2]
     if config.tokenizer in ("char", "word"):
-        kind = {"char": CharTokenizer, "word": WordTokenizer}[config.tokenizer]
+        kind = CharTokenizer if config.tokenizer == "char" else WordTokenizer
         tokenizer = kind.train(texts(config.data, config.separator))
     elif config.tokenizer == "gpt2" or Path(config.tokenizer).exists():
         tokenizer = load_tokenizer(config.tokenizer)
     else:
         raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; make it with: python tokenizer.py")
-    sizes = {name: getattr(config, name) for name in ("context_length", "emb_dim", "n_layers", "n_heads")}
-    sizes = {name: value for name, value in sizes.items() if value}
-    sizes.update(vocab_size=tokenizer.vocab_size, drop_rate=config.drop_rate)
-    try:
-        return GPTModel(dataclasses.replace(GPT_CONFIGS[config.model], **sizes)), tokenizer
-    except ValueError as error:
-        raise ArgumentError(None, f"--{error}") from None
+    sizes = {"vocab_size": tokenizer.vocab_size, "drop_rate": config.drop_rate}
+    for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
+        sizes[name] = getattr(config, name) or getattr(GPT_CONFIGS[config.model], name)
+    return GPTModel(dataclasses.replace(GPT_CONFIGS[config.model], **sizes)), tokenizer
 
 
 @torch.no_grad()
@@ -915,10 +871,9 @@ def evaluate_and_save(folder, model, tokenizer, windows, progress, total, config
               + "  best" * better + f"\n  sample: {' '.join(text.split())}" * bool(text), file=sys.stderr)
         log(folder, progress.step, val_loss=loss, sample=text)
         rows = read_log(folder)
+        samples = [f"--- step {row['step']}\n{row['sample']}\n" for row in rows if row.get("sample")]
         with replacing(folder / "samples.txt") as file:
-            for row in rows:
-                if row.get("sample"):
-                    file.write(f"--- step {row['step']}\n{row['sample']}\n".encode())
+            file.write("".join(samples).encode())
         draw_curves(folder / "curves.svg", "Pretraining", rows, {"train": "loss", "validation": "val_loss"})
     barrier()
 
@@ -929,7 +884,6 @@ def train(config):
         return summary
     device = pick_device(config.device)
     context = autocast(config, device)
-    total_steps(config, 1)  # refuses a run without end before any work
     model, tokenizer = on_first_rank(start_model, config)
     model.to(device).train()
     tokens_folder = on_first_rank(prepare, config.data, tokenizer, config.separator)
@@ -940,8 +894,7 @@ def train(config):
     optimizers, progress = make_optimizers(model, config), Progress()
     mark = fingerprint(model, token_info(tokens_folder / "train.bin")["sha256"])
     forward = torch.compile(model) if config.compile else model
-    with open_run(config, mark, progress) as (folder, state, stop):
-        start_run(folder, state, model, optimizers, progress, total, config, mark, "pretrain")
+    with open_run(config, model, optimizers, progress, total, mark, "pretrain") as (folder, stop):
         if progress.step == 0:
             evaluate_and_save(folder, model, tokenizer, val_windows, progress, total, config, mark, context)
         for indices in batches(len(windows), config, progress, total):  # 1. each epoch  2. each batch
@@ -999,23 +952,23 @@ def choice_logprobs(model, tokenizer, prompt, choices):
 
 
 def evaluate_task(model, tokenizer, questions, context=contextlib.nullcontext()):
-    """Print and return how often the likeliest of the choices is the answer, plainly and per byte, beside chance.
+    """Print and return how often the likeliest choice is the answer, a dict: plainly, per byte, and by chance.
 
-    A longer choice has more tokens to be unlikely in, so the second divides by its bytes: "acc" and "acc_norm" of
-    EleutherAI's harness, which gives 28.9% and 31.1% for GPT-2 124M on HellaSwag."""
-    hits = Counter()
+    Per byte, because a longer choice has more tokens to be unlikely in: "acc" and "acc_norm" of EleutherAI's harness,
+    which gives 28.9% and 31.1% for GPT-2 124M on HellaSwag."""
+    hits, n = Counter(), len(questions)
     for question in questions:
+        choices, answer = question["choices"], question["answer"]
         with context:
-            plain = choice_logprobs(model, tokenizer, question["prompt"], question["choices"])
-        normed = [score / len(choice.encode()) for score, choice in zip(plain, question["choices"])]
-        for name, scores in (("accuracy", plain), ("accuracy_per_byte", normed)):
-            hits[name] += scores.index(max(scores)) == question["answer"]
-    n, found = len(questions), {}
-    for name in ("accuracy", "accuracy_per_byte"):
-        low, high = found[name + "_interval"] = wilson(hits[name], n)
-        found[name] = hits[name] / n
+            scores = choice_logprobs(model, tokenizer, question["prompt"], choices)
+        per_byte = [score / len(choice.encode()) for score, choice in zip(scores, choices)]
+        hits["accuracy"] += scores.index(max(scores)) == answer
+        hits["accuracy_per_byte"] += per_byte.index(max(per_byte)) == answer
+    found = {"questions": n, "chance": sum(1 / len(question["choices"]) for question in questions) / n}
+    for name, count in hits.items():
+        low, high = found[name + "_interval"] = wilson(count, n)
+        found[name] = count / n
         print(f"{name:<18}{found[name]:.1%}  (95%: {low:.1%} to {high:.1%})")
-    found.update(questions=n, chance=sum(1 / len(question["choices"]) for question in questions) / n)
     print(f"{'chance':<18}{found['chance']:.1%}  of {n:,} questions")
     return found
 
@@ -1032,10 +985,8 @@ def ends_right(model, tokenizer, sentences):
 
 
 def known_facts(model, tokenizer, seed=0):
-    """Print and return what a model knows of tinyworld, a dict of shares.
-
-    Facts and opposites whose sentence it ends right, in the phrasings that the corpus tells and in those that it never
-    tells; and how much is true of the facts in 64 texts that it writes."""
+    """Print and return what a model knows of tinyworld, a dict of shares: facts and opposites that it ends right, in
+    phrasings that the corpus tells and in others, and how much is true of the facts in 64 texts that it writes."""
     found = {}
     for name in ("told", "withheld"):
         sentences = beginnings(name == "told")
@@ -1053,9 +1004,7 @@ def known_facts(model, tokenizer, seed=0):
 
 
 def evaluate(config):
-    """Print and return a checkpoint's loss, perplexity and bits per byte on the validation split of --data.
-
-    Of tinyworld also what it knows; with --task how often it picks the right choice."""
+    """Print and return a checkpoint's loss, perplexity and bits per byte on the validation split, or its task score."""
     device = pick_device(config.device)
     questions = read_choices(config.task) if config.task else []  # before the model, which takes longer to read
     model, tokenizer, _ = gpt.load_language_model(config.checkpoint, device)
@@ -1065,10 +1014,10 @@ def evaluate(config):
     length = config.context_length or model.config.context_length
     windows = SlidingWindowDataset(load_tokens(folder / "val.bin"), length, length)
     loss, tokens = evaluate_loss(model, windows, autocast(config, device))
-    bits = bits_per_byte(loss, token_info(folder / "val.bin"))
-    print(f"loss {loss:,.4f}  perplexity {math.exp(min(loss, 700)):,.4f}  tokens {tokens:,}  bits per byte {bits:,.4f}")
+    perplexity, bits = math.exp(min(loss, 700)), bits_per_byte(loss, token_info(folder / "val.bin"))
+    print(f"loss {loss:,.4f}  perplexity {perplexity:,.4f}  tokens {tokens:,}  bits per byte {bits:,.4f}")
     known = known_facts(model, tokenizer) if config.data == "tinyworld" else {}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens, "bits_per_byte": bits, **known}
+    return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "bits_per_byte": bits, **known}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1076,69 +1025,63 @@ def evaluate(config):
 
 QUESTIONS = ("Hello! Who are you?", "Where does the fox live?", "Which number is larger, 27 or 36?",
              "What is the capital of France?", "Rewrite this sentence in the passive voice.\n The cook ate the pies.")
-REPORT = (  # stages, what, key in summary.json, format, {baseline: key}
-    ("pretrain", "validation loss", "val_loss", ".3f", {}), ("pretrain", "bits per byte", "bits_per_byte", ".3f", {}),
-    ("pretrain", "facts in new phrasings", "facts_withheld", ".1%", {"told": "facts_told"}),
-    ("cls lora", "accuracy", "test_accuracy", ".1%", {"naive Bayes": "naive_bayes_accuracy"}),
-    ("sft", "exact match", "exact_match", ".1%", {"before": "exact_match_before"}),
-    ("reward", "pairs ranked right", "accuracy", ".1%", {"naive Bayes": "naive_bayes_accuracy"}),
-    ("ppo dpo grpo", "gold score", "gold_after", ".2f", {"before": "gold_before"}),
-    ("ppo dpo grpo", "exact match", "exact_match_after", ".1%", {"before": "exact_match_before"}),
-    ("ppo dpo grpo", "KL to its start, nats", "kl", ".2f", {}))
-
-
-def read_json(path, missing):
-    """Return the value in a JSON file, `missing` where there is none; raises ValueError for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove its folder and run its stage again") from None
+REPORT = (  # stages, what, key in summary.json, format, what stands beside it, its key
+    ("pretrain", "validation loss", "val_loss", ".3f", "", ""),
+    ("pretrain", "bits per byte", "bits_per_byte", ".3f", "", ""),
+    ("pretrain", "facts in new phrasings", "facts_withheld", ".1%", "told", "facts_told"),
+    ("cls lora", "accuracy", "test_accuracy", ".1%", "naive Bayes", "naive_bayes_accuracy"),
+    ("sft", "exact match", "exact_match", ".1%", "before", "exact_match_before"),
+    ("reward", "pairs ranked right", "accuracy", ".1%", "naive Bayes", "naive_bayes_accuracy"),
+    ("ppo dpo grpo", "gold score", "gold_after", ".2f", "before", "gold_before"),
+    ("ppo dpo grpo", "exact match", "exact_match_after", ".1%", "before", "exact_match_before"),
+    ("ppo dpo grpo", "KL to its start, nats", "kl", ".2f", "", ""))
 
 
 def report_rows(root):
     """Return rows of words, the first one the head: what every finished stage in a folder reached."""
     rows = [("stage", "held out", "value", "95% interval", "beside it", "seconds")]
-    for stage, (_, what, key, form, others) in ((stage, row) for row in REPORT for stage in row[0].split()):
-        figures = read_json(root / stage / "summary.json", {})
-        if figures.get(key) is not None:
-            interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval") or ())
-            beside = ", ".join(f"{name} {figures[other]:{form}}" for name, other in others.items()
-                               if figures.get(other) is not None)
+    for stages, what, key, form, other, other_key in REPORT:
+        for stage in stages.split():
+            figures = read_summary(root / stage)
+            if figures.get(key) is None:
+                continue
+            interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval", ()))
+            beside = f"{other} {figures[other_key]:{form}}" if figures.get(other_key) is not None else ""
             rows.append((stage, what, format(figures[key], form), interval, beside, f"{figures['seconds']:.0f}"))
     return rows
 
 
 def answers_of(root):
-    """Return [questions, answers of a stage, of the next, ...], a name before each, of the models in a folder."""
+    """Return the questions and each model's answers as rows of words, a name before each: [["question", ...], ...]."""
     from finetune_sft import respond
-
-    found = [["question", *(" ".join(question.split()) for question in QUESTIONS)]]
+    found = [["question", *QUESTIONS]]
     for stage in ("pretrain", "sft", "ppo"):
         path = root / stage / "model.safetensors"
         if path.is_file():
             model, tokenizer, info = gpt.load_checkpoint(path)
-            answers = respond(model, tokenizer, QUESTIONS, info.get("template", "plain"), max_new_tokens=24)
-            found.append([stage, *(" ".join(answer.split()) for answer in answers)])
-    return found if len(found) > 1 else []
+            template = info.get("template", "plain")
+            found.append([stage, *respond(model, tokenizer, QUESTIONS, template, max_new_tokens=24)])
+    return [[" ".join(cell.split()) for cell in row] for row in found] if len(found) > 1 else []
 
 
 def report(config):
     """Print what every finished stage in --out_dir reached; write report.html with its curves and some answers."""
     root = Path(config.out_dir)
-    rows = report_rows(root)
+    rows, answers = report_rows(root), list(zip(*answers_of(root)))
     if len(rows) == 1:
         raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
     for row in rows:
         print("{:<10}{:<23}{:>8}  {:<18}{:<20}{:>7}".format(*row))
-    answers = answers_of(root)
-    for question, *said in list(zip(*answers))[1:]:
-        print("", question, *(f"  {answers[row][0]:<10}{text}" for row, text in enumerate(said, 1)), sep="\n")
+    for question, *said in answers[1:]:
+        print("", question, *(f"  {stage:<10}{text}" for stage, text in zip(answers[0][1:], said)), sep="\n")
     page = ['<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>A language model, stage by stage</title>'
             "<style>body{font:16px/1.5 system-ui;max-width:62rem;margin:auto;padding:1rem;color-scheme:light dark}"
             "td{padding:.3rem 1rem .3rem 0;vertical-align:top}svg{max-width:30rem}</style>"]
-    for title, table in (("What each stage reached", rows), ("The same questions, stage by stage", zip(*answers))):
-        lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in table)
-        page += [f"<h2>{title}</h2><table>", *(f"<tr>{line}</tr>" for line in lines), "</table>"]
+    for title, table in (("What each stage reached", rows), ("The same questions, stage by stage", answers)):
+        page.append(f"<h2>{title}</h2><table>")
+        for row in table:
+            page.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        page.append("</table>")
     page += ["<h2>Curves</h2>", *(path.read_text(encoding="utf-8") for path in sorted(root.glob("*/*.svg")))]
     with replacing(root / "report.html") as file:
         file.write("\n".join(page).encode("utf-8", "replace"))

@@ -1,6 +1,5 @@
 """Optimizers, schedule, losses, runs: closed forms, published values, learning that must happen, exact resume."""
 
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -11,7 +10,6 @@ import math
 import os
 import signal
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -80,9 +78,7 @@ def test_the_published_loss_arithmetic():
 def test_ignored_targets_do_not_count():
     """A third target of -100 leaves the loss of the published example at that of its first two: 1.1269."""
     logits, targets = torch.tensor([[[-1.0, 1.0], [-0.5, 1.5], [-0.5, 1.5]]]), torch.tensor([[0, 1, gpt.IGNORE]])
-    with_ignored = train.next_token_loss(logits, targets).item() / 2
-    assert with_ignored == pytest.approx(train.next_token_loss(logits[:, :2], targets[:, :2]).item() / 2)
-    assert with_ignored == pytest.approx(1.1269, abs=1e-4)
+    assert train.next_token_loss(logits, targets).item() / 2 == pytest.approx(1.1269, abs=1e-4)
 
 
 def test_schedule_rises_falls_and_ends_where_it_should():
@@ -98,20 +94,6 @@ def test_schedule_rises_falls_and_ends_where_it_should():
     assert factor(20, "cosine") > factor(20, "linear")
 
 
-def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_directions():
-    """Newton-Schulz against the SVD: U V^T for well-conditioned matrices, within the quintic's band of [.65, 1.25]."""
-    torch.manual_seed(0)
-    for shape in ((3, 8, 8), (2, 8, 32), (2, 32, 8)):
-        matrices = torch.randn(shape, dtype=torch.float64)
-        got = train.orthogonalize(matrices)
-        values = torch.linalg.svdvals(got)
-        assert got.shape == shape and values.min() > 0.3 and values.max() < 1.25
-        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-        middle = u.transpose(1, 2) @ got @ vh.transpose(1, 2)  # diagonal, if the directions are the same
-        off = middle - torch.diag_embed(torch.diagonal(middle, dim1=1, dim2=2))
-        assert off.abs().max() < 1e-8
-
-
 def test_a_muon_step_has_the_size_and_direction_it_should():
     """The first update of a random gradient is lr x 0.2 sqrt(max side) x (nearly) U V^T, after decay."""
     torch.manual_seed(0)
@@ -125,7 +107,7 @@ def test_a_muon_step_has_the_size_and_direction_it_should():
     assert step.norm().item() == pytest.approx(4, rel=0.15)  # a 16 x 16 orthogonal matrix has norm 4
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (12, 16), (8, 32), (32, 8), (1, 8)])
+@pytest.mark.parametrize("shape", [(16, 16), (12, 16), (8, 32), (32, 8)])
 def test_orthogonalizing_keeps_the_directions_and_evens_their_lengths(shape):
     """U diag(f(s)) V^T: f is the quintic applied five times to s / |s|, in both ways to compute it."""
     torch.manual_seed(0)
@@ -203,7 +185,7 @@ def test_the_default_rate_follows_optimizer_and_size_and_a_given_one_is_kept(fla
 def test_batches_cover_every_example_once_an_epoch_and_go_on_where_a_run_stopped():
     """11 examples in batches of 4 over four epochs and a bit; from any step on, the rest of the same list."""
     def listed(progress, **named):
-        for indices in train.batches(11, train.Config(batch_size=4, patience=3), progress, 13, **named):
+        for indices in train.batches(11, train.Config(batch_size=4), progress, 13, **named):
             yield indices
             progress.step += 1
 
@@ -214,7 +196,6 @@ def test_batches_cover_every_example_once_an_epoch_and_go_on_where_a_run_stopped
     for step in range(14):
         assert list(listed(train.Progress(step=step))) == whole[step:]
     assert list(listed(train.Progress(), order=lambda epoch: torch.arange(11)))[4] == [4, 5, 6, 7]
-    assert not list(listed(train.Progress(bad_evaluations=3)))
 
 
 # --- whole runs
@@ -327,11 +308,9 @@ def test_a_model_that_knows_the_answers_is_right_and_length_counts_per_byte():
 @pytest.mark.parametrize("line, said", [
     ({"prompt": "a", "choices": ["b"], "answer": 0}, "'choices' must be a list of two texts or more"),
     ({"prompt": "a", "choices": ["b", " "], "answer": 0}, "none empty"),
-    ({"prompt": "a", "choices": "bc", "answer": 0}, "list"),
     ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, "'answer' must be one of the choices or its number, 0 to 1, not"),
-    ({"prompt": "a", "choices": ["b", "c"]}, "not None"), ({"choices": ["b", "c"], "answer": 0}, "'prompt' is missing"),
+    ({"choices": ["b", "c"], "answer": 0}, "'prompt' is missing"),
     ({"ctx": "a", "endings": ["b", "c"], "label": "x"}, "'label' must be"),
-    ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "True"),
     ({"prompt": "a", "choices": ["the cat " * 5, "c"], "answer": 1}, "does not fit into the context")])
 def test_a_question_that_cannot_be_scored_is_one_line(line, said, tmp_path, monkeypatch, capsys):
     """With the line of the file, or the choice."""
@@ -342,27 +321,6 @@ def test_a_question_that_cannot_be_scored_is_one_line(line, said, tmp_path, monk
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
     assert "task.jsonl line 2" in error or "context" in error
-
-
-@pytest.mark.peer
-def test_choices_are_as_likely_as_to_transformers(tmp_path):
-    """On a random GPT-2, exported: the loss of transformers' model over the choice's tokens, times their number."""
-    transformers = pytest.importorskip("transformers")
-    from gpt2_weights import export_gpt2
-
-    model, tokenizer = small_lm(tmp_path / "m.safetensors", context=64)
-    export_gpt2(model, tmp_path / "hf")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    for question in QUESTIONS[:2]:
-        prompt, space = question["prompt"], " " * (question["prompt"][-1] != " ")
-        expected = []
-        for choice in question["choices"]:
-            ids = torch.tensor([tokenizer.encode(prompt + space + choice)])
-            labels = ids.clone()
-            labels[:, : len(prompt)] = -100
-            with torch.no_grad():
-                expected.append(-theirs(ids, labels=labels).loss.item() * len(space + choice))
-        assert train.choice_logprobs(model, tokenizer, prompt, question["choices"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_accumulation_changes_nothing_but_rounding(text):
@@ -383,27 +341,17 @@ def test_the_hash_of_frozen_weights_is_theirs_where_they_have_to_be_copied(monke
     assert train.fingerprint(model)["frozen"] != expected
 
 
-def test_early_stopping_ends_a_run_that_no_longer_improves(text):
-    """With a rate of 0 no evaluation is better than the first: patience 2 stops after two more."""
-    assert pretrain("--max_steps", 50, "--eval_every", 5, "--learning_rate", 0, "--patience", 2)["steps"] == 10
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(text, stop_after):
+    """AdamW, with dropout and micro-batches, stopped after an evaluation; each step is logged once.
 
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(text, optimizer, stop_after):
-    """Stopped after step 1, 10 (after an evaluation) and 23, then resumed, with dropout and micro-batches."""
-    flags = ["--max_steps", 24, "--eval_every", 10, "--save_every", 3, "--drop_rate", 0.1, "--optimizer", optimizer,
-             "--accumulate", 2]
-    pretrain(*flags)
-    expected = last_weights()
-    os.rename("out/pretrain", "out/whole")
-    for stop_at in (1, 10, 23):
-        with stop_after(stop_at):
-            pretrain(*flags, "--resume", status=128 + signal.SIGTERM)
-        pretrain(*flags, "--resume")
-        assert last_weights() == expected, stop_at
-        steps = [row["step"] for row in logged()]
-        assert steps == sorted(steps) and steps.count(24) == 2
-        os.rename("out/pretrain", f"out/stopped{stop_at}")
+    Muon, other scripts, and other places to stop: test_reliability::test_a_run_stopped_at_six_points..."""
+    flags = ["--max_steps", 24, "--eval_every", 10, "--drop_rate", 0.1, "--optimizer", "adamw", "--accumulate", 2]
+    pretrain(*flags, "--log_every", 1)
+    expected, steps = last_weights(), [row["step"] for row in logged()]
+    with stop_after(10):
+        pretrain(*flags, "--log_every", 1, "--fresh", status=128 + signal.SIGTERM)
+    pretrain(*flags, "--log_every", 1, "--resume", "--save_every", 5)  # an option that decides nothing
+    assert last_weights() == expected and [row["step"] for row in logged()] == steps
 
 
 def test_a_stop_between_two_looks_loses_no_step(text, monkeypatch):
@@ -428,7 +376,7 @@ def test_a_stop_between_two_looks_loses_no_step(text, monkeypatch):
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_a_new_optimizer_in_two_places_trains_stops_and_resumes(text, momentum, stop_after, monkeypatch, capsys):
+def test_a_new_optimizer_in_two_places_trains_stops_and_resumes(text, momentum, stop_after, monkeypatch):
     """SGD as a choice of --optimizer and in make_optimizers: the same bits; without momentum it has no state."""
     @dataclasses.dataclass
     class Config(train.Config):
@@ -438,25 +386,15 @@ def test_a_new_optimizer_in_two_places_trains_stops_and_resumes(text, momentum, 
     monkeypatch.setattr(train, "make_optimizers", lambda model, config: [
         torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=momentum)])
     flags = ["--optimizer", "sgd", "--max_steps", 20, "--eval_every", 5, "--learning_rate", 0.1, "--drop_rate", 0.1]
-    losses = [row["val_loss"] for row in logged() if "val_loss" in row] if pretrain(*flags) else []
+    pretrain(*flags)
+    losses = [row["val_loss"] for row in logged() if "val_loss" in row]
     assert losses[-1] < losses[0] - 0.1
     expected = last_weights()
-    for step in (1, 13):
-        with stop_after(step):
-            pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
-        state = train.read_state("out/pretrain/state.pt")["optimizers"][0]["state"]
-        assert bool(state) == bool(momentum)
-        pretrain(*flags, "--resume")
-        assert last_weights() == expected
-    if momentum:  # the control: momentum that starts anew ends elsewhere
-        with stop_after(13):
-            pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
-        state = train.read_state("out/pretrain/state.pt")
-        for values in state["optimizers"][0]["state"].values():
-            values["momentum_buffer"].zero_()
-        torch.save(state, "out/pretrain/state.pt")
-        pretrain(*flags, "--resume")
-        assert last_weights() != expected
+    with stop_after(13):
+        pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
+    assert bool(train.read_state("out/pretrain/state.pt")["optimizers"][0]["state"]) == bool(momentum)
+    pretrain(*flags, "--resume")
+    assert last_weights() == expected
 
 
 def test_an_update_clips_to_the_norm_and_takes_the_scheduled_rate(text, monkeypatch):
@@ -483,12 +421,11 @@ def test_an_update_clips_to_the_norm_and_takes_the_scheduled_rate(text, monkeypa
 def test_the_best_weights_are_kept_apart_from_the_last_also_when_resumed(text, stop_after):
     """A rate that ruins the model leaves model.safetensors at step 0 while state.pt goes on."""
     flags = ["--max_steps", 10, "--eval_every", 5, "--learning_rate", 3, "--warmup_steps", 0, "--optimizer", "adamw"]
-    for step in (10, 3):
-        with stop_after(step):
-            pretrain(*flags, "--fresh", status=128 + signal.SIGTERM)
-        pretrain(*flags, "--resume")
-        assert gpt.load_checkpoint("out/pretrain/model.safetensors")[2]["step"] == 0
-        assert train.read_state("out/pretrain/state.pt")["step"] == 10
+    with stop_after(3):
+        pretrain(*flags, status=128 + signal.SIGTERM)
+    pretrain(*flags, "--resume")
+    assert gpt.load_checkpoint("out/pretrain/model.safetensors")[2]["step"] == 0
+    assert train.read_state("out/pretrain/state.pt")["step"] == 10
 
 
 def test_init_goes_on_from_a_checkpoint_with_its_own_tokenizer(text):
@@ -524,8 +461,6 @@ def test_an_existing_run_is_never_overwritten(text, capsys):
                 "learning_rate: saved 0.001, given 0.5", "seed: saved 1234, given 7")
     longer = ["--data", text, *TINY, "--max_steps", "9", "--resume"]
     check_error(capsys, longer, 2, "max_steps: saved 3, given 9", "--init out/pretrain/model.safetensors")
-    own = ["--data", text, "--max_steps", "3", "--init", "out/pretrain/model.safetensors", "--fresh"]
-    check_error(capsys, own, 2, "--fresh", "out/pretrain aside", "--init", "another --out_dir")
     assert train.main([*base, "--resume"]) == 0
     assert {path: path.read_bytes() for path in Path("out/pretrain").iterdir() if path.name != ".lock"} == {
         path: data for path, data in before.items() if path.name != ".lock"}
@@ -545,71 +480,23 @@ def test_resume_without_a_state_leaves_the_model_alone(text, capsys, kept):
     assert os.listdir("out/pretrain") == [kept] and Path("out/pretrain", kept).read_bytes() == before
 
 
-def test_a_run_killed_right_after_its_start_resumes_to_the_same_bits(text, monkeypatch):
-    """After the first evaluation wrote a model, and before it, with the state of step 0 or, after an error, nothing."""
-    flags = ["--max_steps", 6, "--drop_rate", 0.1, "--save_every", 0]
-    pretrain(*flags)
-    expected, original = last_weights(), train.evaluate_and_save
-    for evaluated, killed in ((True, True), (False, True), (False, False)):
-
-        def ends(*parts):
-            if evaluated:
-                original(*parts)
-            shutil.copytree("out/pretrain", f"as_killed{evaluated}", dirs_exist_ok=True)  # SIGKILL clears nothing away
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(train, "evaluate_and_save", ends)
-        pretrain(*flags, "--fresh", status=130)
-        if killed:
-            shutil.rmtree("out/pretrain", ignore_errors=True)
-            shutil.copytree(f"as_killed{evaluated}", "out/pretrain")
-        assert Path("out/pretrain/model.safetensors").exists() == evaluated
-        assert Path("out/pretrain/state.pt").exists() == Path("out/pretrain").exists() == killed
-        monkeypatch.setattr(train, "evaluate_and_save", original)
-        pretrain(*flags, "--resume")
-        assert last_weights() == expected
-
-
-def test_a_finished_run_gives_its_folder_back(text):
-    """From Python, where no script ends: a second resume returns the summary too, and the lock is free."""
-    summary = pretrain("--max_steps", 2)
-    names = dict(zip((word[2:] for word in TINY[::2]), TINY[1::2]))
-    values = {name: type(getattr(train.Config, name))(value) for name, value in names.items()}
-    config = train.Config(data="text.txt", max_steps=2, resume=True, **values)
-    for _ in range(2):
-        assert train.train(config) == summary
-    train.lock(Path("out/pretrain")).close()
-
-
-def test_resume_takes_other_options_that_decide_nothing(text, capsys, stop_after):
-    """More saves, another log; and a finished run is finished."""
-    flags = ["--max_steps", 6, "--save_every", 2]
-    with stop_after(3):
-        pretrain(*flags, status=128 + signal.SIGTERM)
-    options = train.read_state("out/pretrain/state.pt")["options"]
-    assert "save_every" not in options and "batch_size" in options
-    capsys.readouterr()
-    assert pretrain(*flags, "--resume", "--save_every", 5, "--log_every", 1)["steps"] == 6
-    assert "resumed at step 3" in capsys.readouterr().err
-    pretrain(*flags, "--resume")
-    assert "out/pretrain is finished" in capsys.readouterr().err
-
-
 def test_a_state_of_the_first_edition_is_refused_in_one_line(text, capsys):
     """Its format is 1: it has keys of the same names, so it must not be taken for ours."""
     pretrain("--max_steps", 2)
     Path("out/pretrain/summary.json").unlink()
     state = train.read_state("out/pretrain/state.pt")
-    for kept in ({**state, "format": 1}, [state], {key: value for key, value in state.items() if key != "format"}):
-        torch.save(kept, "out/pretrain/state.pt")
-        check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 1, "state.pt",
-                    "not a state of this", "--fresh")
+    torch.save({**state, "format": 1}, "out/pretrain/state.pt")
+    check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--resume"], 1, "not a state of this", "--fresh")
 
 
 def test_resume_in_an_empty_folder_starts_and_says_so(text, capsys):
-    """--resume is safe to give always."""
-    pretrain("--max_steps", 2, "--resume")
+    """--resume is safe to give always; a second resume from Python returns the same summary, and the lock is free."""
+    summary = pretrain("--max_steps", 2, "--resume")
     assert "a new run in out/pretrain" in capsys.readouterr().err
+    names = dict(zip((word[2:] for word in TINY[::2]), TINY[1::2]))
+    values = {name: type(getattr(train.Config, name))(value) for name, value in names.items()}
+    assert train.train(train.Config(data="text.txt", max_steps=2, resume=True, **values)) == summary
+    train.lock(Path("out/pretrain")).close()
 
 
 def test_changed_data_is_refused_on_resume(text, capsys):
@@ -637,10 +524,10 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
     base = ["--data", text, *TINY, "--max_steps", "2"]
     cases = [(["--data", "none.txt", *TINY], 1, "none.txt"), (["--data", "empty.txt", *TINY], 1, "empty.txt"),
              (["--data", "short.txt", *TINY], 1, "tokens"), (["--data", "latin.txt", *TINY], 1, "latin.txt"),
-             ([*base, "--emb_dim", "17"], 2, "not divisible by n_heads 2"), ([*base, "--bach_size=3"], 2, "--batch"),
+             ([*base, "--emb_dim", "17"], 1, "not divisible by n_heads 2"), ([*base, "--bach_size=3"], 2, "--batch"),
              ([*base, "--learning_rate", "nan"], 2, "learning_rate"), ([*base, "--batch_size", "0"], 2, "at least 1"),
              ([*base, "--learning_rate", "-2"], 2, "at least 0"), ([*base, "--max_steps", "1e3"], 2, "max_steps"),
-             ([*base, "--max_steps", "0"], 2, "--epochs"), ([*base, "--resume", "--fresh"], 2, "choose one"),
+             ([*base, "--max_steps", "0"], 2, "--epochs"),
              ([*base, "--optimizer", "sgd"], 2, "invalid choice"), (["trian"], 2, "unknown command"),
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
              (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
@@ -650,28 +537,16 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              (["--data", text, "--init", "adapter"], 1, "lora.py merge --adapter adapter"),
              (["--data", text, "--tokenizer", "cls.safetensors"], 1, "is a model, not a tokenizer"),
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
-             ([*base, "--momentum", "0.5"], 2, "--momentum"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
              (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py"),
              (["evaluate", "--data", text], 1, "python train.py")]
     if not torch.cuda.is_available():
         cases.append(([*base, "--device", "cuda"], 2, "--device cpu"))
-    if not torch.cpu._is_avx512_bf16_supported():
-        cases.append(([*base, "--dtype", "bfloat16"], 2, "float32"))
     for argv, status, word in cases:
         check_error(capsys, argv, status, word)
     assert not Path("out/pretrain/model.safetensors").exists() and not Path("out/pretrain/state.pt").exists()
-    with pytest.raises(argparse.ArgumentError, match="--max_steps"):  # as the other stages call it
-        train.total_steps(train.Config(max_steps=0), 1)
     (tmp_path / "file").write_text("")
     check_error(capsys, [*base, "--out_dir", "file/run"], 1, "error: file/run", "Not a directory")
-
-
-def test_a_warm_up_as_long_as_the_run_is_warned_of(text, capsys):
-    """One line on stderr at 5 of 5 steps, none at 4 of 5."""
-    for warmup, lines in ((5, 1), (4, 0)):
-        pretrain("--max_steps", 5, "--warmup_steps", warmup, "--fresh")
-        assert capsys.readouterr().err.count("warning: --warmup_steps") == lines
 
 
 def test_a_disk_that_fills_within_a_save_is_one_line(text, capsys, monkeypatch):
@@ -688,7 +563,7 @@ def test_a_disk_that_fills_within_a_save_is_one_line(text, capsys, monkeypatch):
     def full(path, mode="r", *rest, **named):
         return Full(path, "w") if "state.pt" in str(path) and mode == "wb" else real_open(path, mode, *rest, **named)
 
-    for limit in (0, 100, size // 2, size - 3000, size - 50):
+    for limit in (0, size // 2, size - 50):
         monkeypatch.setattr("builtins.open", full)
         check_error(capsys, ["--data", text, *TINY, "--max_steps", "2", "--out_dir", f"out/{limit}"], 1,
                     "No space left on device")
@@ -729,3 +604,19 @@ def test_a_run_leaves_the_unfinished_files_of_other_runs_alone(text):
     pretrain("--max_steps", 1, "--warmup_steps", 0)
     assert Path("out/pretrain/other/.state.pt.999.tmp").exists() and Path("out/pretrain/.notes.tmp").exists()
     assert not Path("out/pretrain/.state.pt.99.tmp").exists()
+
+
+def test_a_state_that_cannot_be_read_stays_though_no_model_lies_beside_it(text, capsys, monkeypatch, stop_after):
+    """Of a new run that fails at once nothing stays; of one that is resumed everything does."""
+    with stop_after(2):
+        pretrain("--max_steps", 4, status=128 + signal.SIGTERM)
+    Path("out/pretrain/model.safetensors").unlink()
+    before = Path("out/pretrain/state.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **named: os.stat("gone"))
+        check_error(capsys, ["--data", text, *TINY, "--max_steps", "4", "--resume"], 1, "gone")
+    assert Path("out/pretrain/state.pt").read_bytes() == before
+    assert pretrain("--max_steps", 4, "--resume")["steps"] == 4
+    monkeypatch.setattr(train, "evaluate_and_save", lambda *parts: os.stat("gone"))
+    check_error(capsys, ["--data", text, *TINY, "--out_dir", "out/new"], 1, "gone")
+    assert not Path("out/new").exists()
