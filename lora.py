@@ -16,7 +16,7 @@ for A and B. This file works alone on any torch model; saving and loading need g
     save_lora(model, "adapter")                       # in PEFT's format; load_lora(model, "adapter") reads it
     merge_lora(model)                                 # nn.Linears with W + (alpha / r) B A; and unmerge_lora(model)
 
-Differs from the paper: adapters on all linear layers of a block; the fused queries, keys and values share one A.
+Unlike the paper: adapters on all linear layers of a block; the fused queries, keys and values share one A.
 Sources: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732, for alpha / sqrt(r).
 """
 
@@ -105,14 +105,11 @@ class LoRALinear(nn.Linear):
         return linear.train(self.training)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Adapters on a model
+# Adapters on a model --------------------------------------------------------------------------------------------------
 
 
 def linear_layers(model):
-    """Return {name: layer} of the nn.Linear layers below `model`, with an adapter or without.
-
-    Left out: subclasses, and layers of nn.TransformerEncoderLayer; torch reads their weights without calling them."""
+    """Return {name: layer} of the nn.Linear layers below `model` but nn.TransformerEncoderLayer's, never called."""
     fused = tuple(f"{name}.".lstrip(".") for name, module in model.named_modules()
                   if isinstance(module, nn.TransformerEncoderLayer))
     return {name: module for name, module in model.named_modules()
@@ -122,8 +119,7 @@ def linear_layers(model):
 def lora_layers(model):
     """Return {name: LoRALinear} of the layers with adapters; raises ValueError where there are none."""
     layers = {name: layer for name, layer in linear_layers(model).items() if type(layer) is LoRALinear}
-    require(layers or "lora_merged" not in vars(model), "already merged; unmerge_lora(model) takes the adapters out")
-    require(layers, "the model has no adapters; apply_lora(model) adds them")
+    require(layers, "the model has no adapters, or they are merged already; apply_lora(model) adds some")
     return layers
 
 
@@ -169,8 +165,8 @@ def replace(model, new):
 def apply_lora(model, rank=8, alpha=32.0, dropout=0.1, targets="all-linear", rslora=False):
     """Return the model, changed in place: adapters on the selected layers, and only they require gradients.
 
-    A new head needs `requires_grad_(True)` afterwards; merged adapters become part of the base. ValueError, the model
-    untouched, for a wrong option or target. Example: apply_lora(load_gpt2("gpt2")) adds 1,179,648 parameters."""
+    A new head needs `requires_grad_(True)` afterwards. ValueError, the model untouched, for a wrong option or target.
+    Example: apply_lora(load_gpt2("gpt2")) adds 1,179,648 parameters."""
     adapted = LoRALinear in map(type, linear_layers(model).values())
     require(not adapted, "the model has adapters already; merge_lora(model) first, or replace them by load_lora")
     selected = select_layers(model, targets)
@@ -219,8 +215,7 @@ def unmerge_lora(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: adapter_model.safetensors and adapter_config.json, with PEFT's names
+# Files: adapter_model.safetensors and adapter_config.json, with PEFT's names ------------------------------------------
 
 
 def peft_names(model):
@@ -287,9 +282,7 @@ def save_lora(model, folder, base_name=None):
 
 
 def read_adapter(folder):
-    """Return (config, {name in the file without PREFIX: tensor}, metadata) of a folder that `save_lora` or PEFT wrote.
-
-    Raises ValueError where it is damaged, or asks for something that LoRALinear does not do."""
+    """Return (config, {name in the file without PREFIX: tensor}, metadata), or ValueError if damaged or unsupported."""
     path, file = Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")
     try:
         config = {"lora_dropout": 0.0, "use_rslora": False, **json.loads(path.read_bytes())}
@@ -297,13 +290,11 @@ def read_adapter(folder):
         require(config["peft_type"] == "LORA", f"peft_type {config['peft_type']!r} is not LORA")
         check_options(1, config["lora_alpha"], config["lora_dropout"], {})
         matches("", config["target_modules"])
-    except re.error as error:
-        raise ValueError(f"{path}: target_modules is not a regular expression: {error}") from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, re.error) as error:
         raise ValueError(f"{path}: {'no ' * isinstance(error, KeyError)}{error}") from None
     wrong = {name for name, value in config.items() if value and isinstance(value, (bool, list, dict))} - KNOWN_OPTIONS
-    for name, values in KNOWN_VALUES.items():
-        wrong = wrong - {name} if config.get(name) in values else wrong | {name}
+    wrong -= set(KNOWN_VALUES)
+    wrong |= {name for name, values in KNOWN_VALUES.items() if config.get(name) not in values}
     require(not wrong, f"{path}: {', '.join(sorted(wrong))} is set, which is not supported here; merge with PEFT")
     (tensors, metadata), content = file_functions()[0](file), file.read_bytes()
     found = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
@@ -335,8 +326,8 @@ def check_fit(model, folder, config, tensors):
 def load_lora(model, folder, any_base=False):
     """Return the model, changed in place: the adapter from a folder that `save_lora` or PEFT wrote, and only it trains.
 
-    Existing adapters are replaced, a saved head is copied into the model's own. Raises ValueError, the model untouched,
-    where a tensor does not fit or the base is another one (`any_base` allows that, as for another precision)."""
+    It replaces existing adapters and, if it has one, the head. Raises ValueError, the model untouched, where a tensor
+    does not fit or the base is another one (`any_base` allows that, as for another precision)."""
     config, tensors, metadata = read_adapter(folder)
     check_fit(model, folder, config, tensors)
     names = peft_names(model)
@@ -362,8 +353,7 @@ def load_lora(model, folder, any_base=False):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# Commands -------------------------------------------------------------------------------------------------------------
 
 
 def info_command(args):
@@ -404,14 +394,9 @@ def export_command(args):
     (_, write, write_json), out = file_functions(), Path(args.out)
     write_json(out / "adapter_config.json", {**config, "base_model_name_or_path": args.base_name})
     write(out / "adapter_model.safetensors", {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
-    auto, labels = "AutoModelForCausalLM", ""
-    if "score.weight" in tensors:
-        auto, labels = "AutoModelForSequenceClassification", f", num_labels={len(tensors['score.weight'])}"
-    print(f"written to {out}; with Hugging Face's packages:\n"
-          f"    base = transformers.{auto}.from_pretrained({args.base_name!r}{labels})")
-    if "score.bias" in tensors:
-        print("    base.score = torch.nn.Linear(base.score.in_features, base.num_labels)  # theirs has no bias")
-    print(f"    model = peft.PeftModel.from_pretrained(base, {str(out)!r})")
+    kind = "AutoModelForSequenceClassification" if config.get("task_type") == "SEQ_CLS" else "AutoModelForCausalLM"
+    print(f"written to {out}; with Hugging Face's packages:\n    base = transformers.{kind}.from_pretrained"
+          f"({args.base_name!r})\n    model = peft.PeftModel.from_pretrained(base, {str(out)!r})")
 
 
 def main(argv=None):

