@@ -1,6 +1,5 @@
 """The benchmark's own arithmetic, and that its rows can be read and run; nothing here is timed."""
 
-import json
 import re
 import sys
 from pathlib import Path

@@ -6,11 +6,9 @@ import gzip
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import os
 import random
-import socket
 import shutil
 import subprocess
 import sys

@@ -6,9 +6,7 @@ import itertools
 import json
 import math
 import random
-import subprocess
 import sys
-import warnings
 from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
