@@ -553,10 +553,10 @@ def open_server(config):
 
 def serve(config):
     """Answer in the browser, and programs that speak OpenAI's chat API, until Ctrl-C."""
-    with open_server(config) as server:
-        print(f"{', '.join(server.models)} at http://127.0.0.1:{server.server_port}  (API: /v1; Ctrl-C ends it)")
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+    with open_server(config) as server, contextlib.suppress(KeyboardInterrupt):
+        names, address = ", ".join(server.models), f"http://127.0.0.1:{server.server_port}"
+        print(f"{names} at {address}  (API: {address}/v1; Ctrl-C ends it)", flush=True)
+        server.serve_forever()
     server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token
     print("\nstopped")
 
@@ -714,8 +714,8 @@ def meet(config, path):
     """Return (model, tokenizer, template) of a checkpoint, and say what it was tuned on and what one can ask it."""
     model, tokenizer, template, info = load_model(config, path)
     stage, data = info.get("stage", "no stage of ours"), info.get("data", "data that it does not name")
-    known = [messages_of(entry)[:1] for entry in tinyworld("instructions", "test", 3)] if data == "tinyworld" else []
-    questions = [prompt_of({"messages": first}).replace("\n", "\\n") for first in known]
+    known = tinyworld("instructions", "test", 3, kinds=("compare", "plural", "passive")) if data == "tinyworld" else []
+    questions = [prompt_of(entry).replace("\n", "\\n") for entry in known]
     hint = "it can answer:" if known else "ask it what its data is about"
     print(f"{path}: {stage}, on {data}; /help lists commands; {hint}", *questions, sep="\n  ", file=sys.stderr)
     return model, tokenizer, template

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -339,12 +340,13 @@ def test_a_busy_port_and_a_model_that_is_not_there_are_one_line(server, capsys, 
 def test_the_command_says_its_address_and_ctrl_c_ends_it(tmp_path, tokenizer):
     """The address is where it answers; status 0, and nothing on stderr."""
     gpt.save_checkpoint(tmp_path / "own.safetensors", recite(tokenizer, SAID), tokenizer)
-    process = subprocess.Popen([sys.executable, ROOT / "finetune_sft.py", "serve", "--checkpoint", "own.safetensors",
-                                "--port", "0"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, ROOT / "finetune_sft.py", "serve", "--checkpoint", "own.safetensors", "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": ""}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
     socket.create_connection(("127.0.0.1", port)).close()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert out.split() == ["stopped"] and err == "" and process.returncode == 0
 
 
