@@ -13,7 +13,7 @@ VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # A stage that was interrupted is resumed; one that is older than what it starts from is moved aside and run again.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
-all: $(OUT)/report.html ## every stage on the built-in data, offline: 15 to 17 min on 2 busy cores
+all: $(OUT)/report.html ## every stage on the built-in data, offline: 17 min on 2 busy cores
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ tokenizer: $(OUT)/tokenizer/tokenizer.json ## train the byte-pair tokenizer: 8 s
 $(OUT)/tokenizer/tokenizer.json: | $(VENV)
 	$(PYTHON) tokenizer.py train --out_dir $(OUT)/tokenizer $(AGAIN)
 
-pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 5 min
+pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 4.5 min
 $(OUT)/pretrain/summary.json: $(OUT)/tokenizer/tokenizer.json
 	$(PYTHON) train.py train --out_dir $(OUT)/pretrain --tokenizer $(OUT)/tokenizer/tokenizer.json $(AGAIN) $(ARGS)
 
@@ -38,11 +38,11 @@ $(OUT)/pretrain/sample.txt: $(OUT)/pretrain/summary.json
 	$(PYTHON) gpt.py generate --checkpoint $(OUT)/pretrain/model.safetensors --num_samples 3 --max_new_tokens 80 > $@.tmp
 	mv $@.tmp $@ && cat $@
 
-classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 12 s
+classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 20 s
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 1 $(AGAIN) $(ARGS)
 
-sft: $(OUT)/sft/summary.json ## answer instructions: 2.5 min
+sft: $(OUT)/sft/summary.json ## answer instructions: 3 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
@@ -50,7 +50,7 @@ lora: $(OUT)/lora/summary.json ## the same with LoRA adapters: 0.5 min
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 1 $(AGAIN) $(ARGS)
 
-rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 5 min
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 7 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 
