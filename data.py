@@ -406,12 +406,14 @@ def exchange(entry, key, place):
     """Return (question, answer) of the answer entry[key] of a comparison, in any form that `preference` lists."""
     said, question = entry.get(key), entry.get("instruction", entry.get("prompt"))
     if isinstance(said, list):
-        messages = conversation({"messages": [*question, *said] if isinstance(question, list) else said}, place)
-        roles = [message["role"].replace("user", "human").capitalize() for message in messages]
-        require(len(roles) > 1 and roles[-1] == "Assistant", f"{place}: messages must ask something, then answer it")
-        *asked, answer = [message["content"] for message in messages]
-        transcript = "\n\n".join(f"{role}: {text}" for role, text in zip(roles, asked))
-        return transcript if len(asked) > 1 else asked[0], answer
+        if isinstance(question, str) and len(said) == 1:
+            question = [{"role": "user", "content": question}]
+        messages = [*question, *said] if isinstance(question, list) else said
+        *asked, last = conversation({"messages": messages}, place) or [{}]
+        require(asked and last["role"] == "assistant", f"{place}: messages must ask something, then answer it")
+        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+        lines = [f"{names[message['role']]}: {message['content']}" for message in asked]
+        return asked[0]["content"] if len(asked) == 1 else "\n\n".join(lines), last["content"]
     answer = text_field(entry, key, place)
     if question is not None:
         return text_field(entry, "instruction" if "instruction" in entry else "prompt", place), answer
@@ -450,10 +452,11 @@ def read_choices(source):
         prompt, choices, answer = text_field(entry, asked, place), entry.get(listed), entry.get(right)
         usable = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
         require(usable and len(choices) > 1, f"{place}: {listed!r} must be a list of two texts or more, none empty")
-        names = [*choices, *map(str, range(len(choices)))]
-        require(str(answer) in names, f"{place}: {right!r} must be one of the choices or its number, 0 to "
-                f"{len(choices) - 1}, not {answer!r}")
-        questions.append({"prompt": prompt, "choices": choices, "answer": names.index(str(answer)) % len(choices)})
+        numbers = range(len(choices))
+        names = [*choices, *numbers, *map(str, numbers)]  # HellaSwag's label may be "3"
+        require(type(answer) in (int, str) and answer in names, f"{place}: {right!r} must be one of the choices or its "
+                f"number, 0 to {len(choices) - 1}, not {answer!r}")
+        questions.append({"prompt": prompt, "choices": choices, "answer": names.index(answer) % len(choices)})
     return questions
 
 
@@ -490,8 +493,7 @@ def prepare(source, tokenizer, separator=""):
     found, several = {}, facts["documents"] > 1
     for part, group in itertools.groupby(divide(content, facts), key=lambda item: item[0]):
         found[part] = write_tokens(folder / f"{part}.bin", (document for _, document in group), tokenizer, several)
-    require(sum(info["characters"] for info in found.values()) == facts["characters"],
-            f"{source} changed while it was read; run again")
+    require(built_in or survey(documents(source, separator)) == facts, f"{source} changed while it was read; run again")
     require(len(found) == 2 and all(info["tokens"] for info in found.values()),
             f"{source}: {facts['characters']} characters are too few to split off a validation part")
     for part, info in found.items():  # written last, as they make the files valid
@@ -1490,7 +1492,8 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, and messages where there
     are earlier turns. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind,
     unseen. The same arguments give the same list everywhere; no question or message of one split comes up in another,
-    under any seed. The `kinds` take turns. Raises ValueError for another view, split or kind."""
+    under any seed (but a greeting may in another case: "Thanks.", "thanks."). The `kinds` take turns. Raises ValueError
+    for another view, split or kind."""
     require(view in VIEWS and split in ("train", "val", "test"), f"tinyworld has the views {', '.join(VIEWS)} and the "
             f"splits train, val, test; it has no {view!r} with {split!r}")
     require(kinds and set(kinds) <= set(TINYWORLD_KINDS),
@@ -1552,7 +1555,8 @@ def main(argv=None):
     from gpt import run
     return run(__doc__, {
         "list": (list_command, {}),
-        "get": (get_command, {"name": dict(choices=list(DATASETS)[1:], help="the dataset to download")}),
+        "get": (get_command, {
+            "name": dict(choices=[name for name in DATASETS if DATASETS[name].file], help="the dataset to download")}),
         "show": (show_command, {
             "name": dict(nargs="?", default="tinyworld", help="a dataset's name, or a file"),
             "--view": dict(choices=list(READERS), help="a view of tinyworld, or how to read a file")}),

@@ -69,6 +69,7 @@ class Config(AdapterOptions):
     against: str = option("", "model to compare with; empty = the one that training started from; none")
     judge: str = option("", "ollama, openai, or a URL; empty = no judge")
     judge_model: str = option("llama3", "the judge's name there")
+    host: str = option("127.0.0.1", "the address to listen at; 0.0.0.0 = open to every machine that reaches this one")
     port: int = option(8000, "of the page and the API, 0 = any free one", low=0, high=65535)
 
 
@@ -299,6 +300,8 @@ def open_judge(judge, model="llama3", context=8192):
         raise argparse.ArgumentError(None, "--judge takes ollama, openai, or an http address without a user name in it")
     own = os.environ.get("OPENAI_API_KEY", "") if found[2] == "api.openai.com" else ""
     key = (os.environ.get("JUDGE_API_KEY") or own).strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ValueError("the judge's API key holds a blank or a character outside ASCII; set it anew")
     if key and found[1] != "https" and found[2] not in LOCAL:
         raise ValueError("JUDGE_API_KEY would be sent unencrypted; unset it, or give --judge an https address")
     options, ollama = {"temperature": 0, "seed": 123}, not re.search(r"/v[0-9]+$", url)
@@ -319,13 +322,18 @@ def ask_judge(judge, prompt, timeout=300.0):
 
     body = {**judge["body"], "messages": [{"role": "user", "content": prompt}]}
     for pause in (*PAUSES, None):
+        end = time.monotonic() + timeout
         try:
-            response = requests.post(judge["address"], json={**body, **judge["options"]}, timeout=timeout,
-                                     **judge["request"])
+            with requests.post(judge["address"], json={**body, **judge["options"]}, timeout=timeout, stream=True,
+                               **judge["request"]) as response:
+                in_time = itertools.takewhile(lambda _: time.monotonic() < end, response.iter_content(1))
+                content = b"".join(itertools.islice(in_time, LARGEST)).decode(errors="replace")
+            if time.monotonic() >= end:
+                raise requests.Timeout
         except OSError as error:
-            raise OSError(f"no reply from the judge at {judge['address']} within {timeout:g} s ({type(error).__name__})"
-                          "; check --judge and the network; for Ollama: ollama serve") from None
-        status, content = response.status_code, response.content.decode(errors="replace")
+            raise OSError(f"no reply from the judge at {judge['address']} ({type(error).__name__}; the limit is "
+                          f"{timeout:g} s); check --judge and the network; for Ollama: ollama serve") from None
+        status = response.status_code
         named = [name for name in judge["options"] if name in content and status in (400, 422)]
         busy = status in (408, 429) or status >= 500
         if pause is None or not (named or busy):
@@ -389,7 +397,7 @@ def judged_mean(values, high):
 
 PATIENCE = 10.0  # seconds for a client to send its request, and to take each piece of the answer
 WAITING = 8  # requests that may wait while another is answered
-LARGEST = 1 << 20  # bytes of a request's body
+LARGEST = 1 << 20  # bytes of a request's body, and of a judge's reply
 FIELDS = {  # of a request: types, limits (of a text's or list's length), default; other fields are ignored
     "model": ((str,), 0, 999, ""), "messages": ((list,), 1, 999, []), "stream": ((bool,), 0, 1, False),
     "temperature": ((float, int), 0, 2, 0), "top_p": ((float, int), 1e-6, 1, None), "top_k": ((int,), 1, 1 << 31, None),
@@ -469,8 +477,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout, disable_nagle_algorithm, default_request_version = PATIENCE, True, "HTTP/1.0"
 
     def handle(self):
+        self.clock = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RD])  # ends a slow request
+        self.clock.start()
         with contextlib.suppress(OSError):  # the client has left
             super().handle()
+        self.clock.cancel()
 
     def send(self, status, content, kind="application/json"):
         self.send_response(status)
@@ -487,8 +498,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host, place = self.headers.get("Host", "").partition(":")[0], (self.command, self.path.partition("?")[0])
         page = Path(__file__).resolve().parent / "assets/chat.html"
         try:
-            if host not in ("localhost", "127.0.0.1"):  # a site whose name was pointed at this machine
-                raise Refused(403, "this Host is refused; use localhost or 127.0.0.1")
+            if not re.fullmatch(r"localhost|[\d.]+", host) and host != self.server.host:  # a site whose name leads here
+                raise Refused(403, "this Host is refused; use localhost, an IP address, or the name given to --host")
             if place == ("POST", "/v1/chat/completions"):
                 self.complete(read_fields(self.read_body()))
             elif place == ("GET", "/v1/models"):
@@ -508,6 +519,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind != "application/json" or not re.fullmatch("[0-9]{1,15}", size):  # another site's form cannot send this
             raise Refused(400, "the request needs Content-Type: application/json and a Content-Length")
         content = self.rfile.read(min(int(size), 8 * LARGEST))  # a reply to an unread body can be lost
+        self.clock.cancel()
         if int(size) > LARGEST:
             raise Refused(413, f"the body has more than {LARGEST} bytes")
         return json.loads(content, parse_constant=int)  # int("NaN") is an error
@@ -541,21 +553,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def open_server(config):
-    """Return a server of the models of --checkpoint, which this machine alone can reach, at --port."""
+    """Return a server of the models of --checkpoint that listens at --host and --port."""
     models = {}
     for path in config.checkpoint.split(","):
         name = Path(path).parent.name if Path(path).stem == "model" else Path(path).stem
         models[name if name and name not in models else path] = load_model(config, path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", config.port), Handler)
-    server.models, server.busy, server.places = models, threading.Lock(), threading.Semaphore(1 + WAITING)
+    server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
+    server.host, server.models = config.host, models
+    server.busy, server.places = threading.Lock(), threading.Semaphore(1 + WAITING)
     return server
 
 
 def serve(config):
     """Answer in the browser, and programs that speak OpenAI's chat API, until Ctrl-C."""
     with open_server(config) as server, contextlib.suppress(KeyboardInterrupt):
-        names, address = ", ".join(server.models), f"http://127.0.0.1:{server.server_port}"
+        names, address = ", ".join(server.models), f"http://{config.host}:{server.server_port}"
         print(f"{names} at {address}  (API: {address}/v1; Ctrl-C ends it)", flush=True)
+        if config.host not in LOCAL[:2]:
+            print("note: everyone who can reach this machine can use the models; there is no password", file=sys.stderr)
         server.serve_forever()
     server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token
     print("\nstopped")
@@ -745,7 +760,9 @@ def chat(config):
                 raise ValueError(f"unknown command {word}; /help lists them")
         except KeyboardInterrupt:
             print("\n(stopped; this turn is forgotten)", file=sys.stderr)
-        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, argparse.ArgumentError) as error:
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, argparse.ArgumentError) as error:
             print(f"({gpt.explain(error)})", file=sys.stderr)
 
 
@@ -756,6 +773,8 @@ def evaluate(config):
     start = info.get("init", "")
     against = config.against or (start if start in GPT_CONFIGS or os.path.isfile(start) else "none")
     (entries,) = load_entries(config, config.split)
+    if not entries:
+        raise ValueError(f"{config.data}: its {config.split} part is empty; give more examples or --split all")
     rows = {config.checkpoint: score_model(config.checkpoint, model, tokenizer, entries, template, config)[0]}
     if against not in ("none", config.checkpoint):
         model, tokenizer, _, _ = load_model(config, against)
@@ -779,7 +798,7 @@ def main(argv=None):
         "train": Command(train, TRAINING + tuning, parallel=True, defaults=defaults),
         "respond": Command(respond_command, answers + " prompt"),
         "chat": Command(chat, answers, defaults={"checkpoint": next(filter(os.path.isfile, MODELS), MODELS[-1])}),
-        "serve": Command(serve, "checkpoint template port device debug",
+        "serve": Command(serve, "checkpoint template host port device debug",
                          defaults={"checkpoint": ",".join(filter(os.path.isfile, MODELS[1::-1])) or MODELS[2]}),
         "evaluate": Command(evaluate, answers + " data examples split dtype against judge judge_model")},
         argv, __file__, default_rate)

@@ -132,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D), the S - T earlier positions in front
-        causal = allowed is None and not x.shape[1] == 1  # a single new token sees everything before it
+        causal = allowed is None and x.shape[1] > 1  # a single new token sees everything before it
         dropout = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # heads joined: (B, H, T, D) -> (B, T, C)
@@ -305,9 +305,10 @@ def sampling_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_
 def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
                    repetition_penalty=None, eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
     """Yield the next token of every row, (B * num_samples,), step by step; arguments as in `generate`."""
+    require(torch.is_tensor(ids) and ids.ndim == 2, "prompts are token ids (B, T); for one prompt: torch.tensor([ids])")
     (B, T), context, V = ids.shape, model.config.context_length, model.config.vocab_size
     check_sampling(V, temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, num_samples)
-    require(T > 0 and bool(((ids >= 0) & (ids < V)).all()), f"prompts need a token at least, and ids from 0 to {V - 1}")
+    require(T > 0 and ((ids >= 0) & (ids < V)).all(), f"a prompt needs at least one token, with ids from 0 to {V - 1}")
     fits = mask is None or mask.shape == ids.shape and bool((mask[:, -1] == 1).all())
     require(fits, "mask needs the prompts' shape, and 1 in its last column: padding is on the left")
     mask = None if mask is None or bool((mask == 1).all()) else mask.long()
@@ -353,9 +354,9 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
              eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
     """Return the prompts followed by up to `max_new_tokens` tokens: ids (B, T) -> (B * num_samples, T + n).
 
-    Temperature 0 is greedy. Shorter prompts are padded on the left, with `mask` (B, T) 0 there. A row ends with
-    `eos_id`, or where `stop(new_ids: list) -> bool` is true, and then repeats `eos_id` (else its last token) until all
-    have ended. Beyond the context only the last window is seen. ValueError for prompts or options out of range."""
+    Temperature 0 is greedy. Shorter prompts are padded on the left, where `mask` (B, T) is 0. A row ends with `eos_id`
+    or where `stop(new_ids: list)` is true, then repeats `eos_id` (else its last token) until all have ended. The
+    samples of a prompt stand side by side. Beyond the context, the last window is seen. ValueError for wrong values."""
     new = list(generate_steps(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id,
                               mask, stop, generator, num_samples))
     ids = ids.repeat_interleave(num_samples, dim=0)
@@ -412,19 +413,21 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def int8_linears(model):
-    """Return the model, now with linear layers in int8 and its embedding in float16; as it was on Arm or a GPU."""
+    """Return the model with linear layers in int8 and its embedding in float16; on Arm or a GPU it stays unchanged."""
     backend, engine = torch.backends.quantized, torch.backends.quantized.engine
     if "fbgemm" not in backend.supported_engines or next(model.parameters()).device.type != "cpu":
         print("note: int8 needs an x86 CPU, so weights stay in float32", file=sys.stderr)
         return model
-    backend.engine = "fbgemm"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.13: tensors of the type qint8 may go in a later version
-        for module in list(model.modules()):
-            for name, layer in module.named_children():
-                if type(layer) is nn.Linear:
-                    setattr(module, name, Int8Linear(layer))
-    backend.engine = engine
+    try:
+        backend.engine = "fbgemm"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.13: tensors of the type qint8 may go in a later version
+            for module in list(model.modules()):
+                for name, layer in module.named_children():
+                    if type(layer) is nn.Linear:
+                        setattr(module, name, Int8Linear(layer))
+    finally:
+        backend.engine = engine
     if isinstance(model, GPTModel):
         model.tok_emb.half()
     with contextlib.suppress(OSError, AttributeError):  # not glibc
@@ -510,6 +513,11 @@ def write_safetensors(path, tensors, metadata=None):
     return digest.hexdigest()
 
 
+def _unique(pairs):
+    require(len(dict(pairs)) == len(pairs), "a name occurs twice")
+    return dict(pairs)
+
+
 def read_safetensors(path):
     """Return ({name: tensor}, metadata) of a safetensors file, the tensors mapped from disk, not read.
 
@@ -522,11 +530,12 @@ def read_safetensors(path):
                     f"not a safetensors file: it has {size} bytes and its header would have {length}")
             text = file.read(length).decode()
         require(text.startswith("{"), "it does not start with '{'")
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_unique)
         metadata, data_size = header.pop("__metadata__", {}), size - 8 - length
         require(all(type(value) is str for value in metadata.values()), "__metadata__ must map strings to strings")
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).untyped_storage()[8 + length :]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            require(set(entry) == {"dtype", "shape", "data_offsets"}, f"tensor {name!r} has unknown or missing fields")
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             require(dtype in DTYPES, f"tensor {name!r} has the unknown dtype {dtype!r}")
             require(len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)),
@@ -536,6 +545,7 @@ def read_safetensors(path):
                     f"tensor {name!r}: {dtype} {shape} does not fit {end - begin} of {data_size} bytes")
             # A storage of its own, because a view must be aligned, and the data of OpenAI's published GPT-2 is not.
             piece = torch.asarray(data[begin:end], dtype=torch.uint8)
+            require(dtype != "BOOL" or not (piece > 1).any(), f"tensor {name!r}: a BOOL is neither 0 nor 1")
             tensors[name], offset = piece.view(DTYPES[dtype]).view(shape), end
         require(offset == data_size, f"it describes {offset} bytes of data, the file holds {data_size}")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -584,8 +594,7 @@ def read_checkpoint(path):
     start = os.path.getsize(path) - sum(tensor.nbytes for tensor in tensors.values())
     noted = metadata.pop("metadata_sha256", ""), metadata.get("data_sha256")
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest(), file_sha256(path, start)
-    require(noted == found,
-            f"{path} is damaged: its sha256 is not the one in its header; restore a copy or train again")
+    require(noted == found, f"{path} is damaged: its sha256 is not that in its header; restore a copy or train again")
     try:
         config = GPTConfig(**json.loads(metadata["config"]))
         info = {"kind": "gpt", **json.loads(metadata.get("info") or metadata["made"])}
@@ -718,11 +727,12 @@ def run(doc, commands, argv=None, file=__file__):
 
 
 def pick_device(name):
-    """Return the torch device of a name, or for "auto" an accelerator, else the CPU; raises ArgumentError if absent."""
+    """Return the torch device for a name or for "auto" (cuda, then mps, then cpu); raises ArgumentError if absent."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).item()  # fails on "meta"
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentError(None, f"--device {name} is not available here; use --device cpu") from None
 

@@ -569,7 +569,8 @@ def export_command(args):
     template = chat_template(info["template"]) if "template" in info else None
     if gguf:
         export_gguf(model, args.out, tokenizer, args.dtype or "f16", template)
-        print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")
+        gelu = "; llama.cpp takes GELU's tanh form for the exact one" if model.config.exact_gelu else ""
+        print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB{gelu}")
         return
     if tokenizer is not None and tokenizer.type not in ("bpe", "gpt2"):
         print(f"note: its {tokenizer.type} tokenizer is left out, GPT-2 knows only byte pairs", file=sys.stderr)

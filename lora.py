@@ -109,7 +109,9 @@ class LoRALinear(nn.Linear):
 
 
 def linear_layers(model):
-    """Return {name: layer} of the nn.Linear layers below `model` but nn.TransformerEncoderLayer's, never called."""
+    """Return {name: layer} of the nn.Linear layers, adapted or not.
+
+    Those of nn.TransformerEncoderLayer, which torch never calls, are left out."""
     fused = tuple(f"{name}.".lstrip(".") for name, module in model.named_modules()
                   if isinstance(module, nn.TransformerEncoderLayer))
     return {name: module for name, module in model.named_modules()
@@ -119,7 +121,7 @@ def linear_layers(model):
 def lora_layers(model):
     """Return {name: LoRALinear} of the layers with adapters; raises ValueError where there are none."""
     layers = {name: layer for name, layer in linear_layers(model).items() if type(layer) is LoRALinear}
-    require(layers, "the model has no adapters, or they are merged already; apply_lora(model) adds some")
+    require(layers, "the model has no adapters; apply_lora(model) adds them, unmerge_lora(model) takes merged ones out")
     return layers
 
 
@@ -394,9 +396,13 @@ def export_command(args):
     (_, write, write_json), out = file_functions(), Path(args.out)
     write_json(out / "adapter_config.json", {**config, "base_model_name_or_path": args.base_name})
     write(out / "adapter_model.safetensors", {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
-    kind = "AutoModelForSequenceClassification" if config.get("task_type") == "SEQ_CLS" else "AutoModelForCausalLM"
-    print(f"written to {out}; with Hugging Face's packages:\n    base = transformers.{kind}.from_pretrained"
-          f"({args.base_name!r})\n    model = peft.PeftModel.from_pretrained(base, {str(out)!r})")
+    head = tensors.get("score.weight")
+    kind, labels = ("CausalLM", "") if head is None else ("SequenceClassification", f", num_labels={len(head)}")
+    print(f"written to {out}; with Hugging Face's packages:\n"
+          f"    base = transformers.AutoModelFor{kind}.from_pretrained({args.base_name!r}{labels})")
+    if "score.bias" in tensors:
+        print("    base.score = torch.nn.Linear(base.score.in_features, base.num_labels)  # theirs has no bias")
+    print(f"    model = peft.PeftModel.from_pretrained(base, {str(out)!r})")
 
 
 def main(argv=None):

@@ -155,7 +155,12 @@ def parse_options(Config, word, command, script, argv, adjust):
     for name, field in fields.items():
         value, low, high = getattr(config, name), field.metadata.get("low"), field.metadata.get("high")
         if low is not None and not low <= value <= (high or sys.float_info.max):  # so neither nan nor infinity
-            raise ArgumentError(None, f"--{name} {value} must be at least {low}, at most {high or 'a finite number'}")
+            limits = f"at least {low}" + (f" and at most {high}" if high else "")
+            raise ArgumentError(None, f"--{name} {value} must be a finite number, {limits}")
+    if config.resume and config.fresh:
+        raise ArgumentError(None, "--resume continues a run and --fresh starts anew: choose one")
+    if not config.out_dir:
+        raise ArgumentError(None, "--out_dir is empty; give the run's folder")
     return config
 
 
@@ -203,7 +208,10 @@ def launch(config, command, parallel):
         return
     if not parallel:
         raise ArgumentError(None, f"{command} runs in one process; start it without torchrun")
-    on_gpu = pick_device(config.device).type == "cuda"
+    on_gpu, local = pick_device(config.device).type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ":" in config.device or config.device == "mps" or on_gpu and local > torch.cuda.device_count():
+        raise ArgumentError(None, f"--device {config.device}: {local} processes; start one per GPU with --device cuda, "
+                                  "or give --device cpu")
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -268,7 +276,8 @@ def load_start(config, default_command, kinds=("gpt",)):
     if length > model.config.context_length:
         raise ValueError(f"--context_length {length}: the model of --init has {model.config.context_length} positions")
     cropped = GPTModel(dataclasses.replace(model.config, context_length=length, drop_rate=config.drop_rate))
-    cropped.out_head = model.out_head if info["kind"] == "classifier" else cropped.out_head
+    if info["kind"] == "classifier":
+        cropped.out_head = model.out_head
     cropped.load_state_dict({**model.state_dict(), "pos_emb.weight": model.pos_emb.weight[:length]})
     return cropped, tokenizer, info
 
@@ -498,6 +507,9 @@ def lock(folder):
 def claim(folder, config):
     """Return the lock of a run's folder that can be written to: --fresh moved the old one aside."""
     if config.fresh and any((folder / name).exists() for name in RUN_FILES):
+        if folder.resolve() in (Path.cwd(), *Path.cwd().parents, *Path(config.init).resolve().parents):
+            raise ArgumentError(None, f"--fresh moves {folder} aside, but --init or this shell is inside; give another "
+                                      "--out_dir")
         lock(folder).close()  # not from under a process that works there
         aside = next(name for n in range(1, 10**6) if not os.path.exists(name := f"{folder}.{n}"))
         os.rename(folder, aside)
@@ -505,8 +517,9 @@ def claim(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     finished(config)  # once more under the lock: another process may have worked here since
-    for leftover in (*folder.glob(".*.[0-9]*.tmp"), *folder.glob("adapter/.*.[0-9]*.tmp")):
-        leftover.unlink()  # of a process that was killed while writing
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("adapter/.*.tmp")):
+        if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name):  # of a process that was killed while writing
+            leftover.unlink()
     return held
 
 

@@ -226,10 +226,10 @@ def test_a_piped_chat_remembers_and_obeys_and_respond_forgets(tmp_path, monkeypa
     out, err = said("chat", "Hi", "/model b", "Hi")
     assert out == [first, greedy(other, "Hi\n>")] and "b: sft, on mine.json; /help lists commands; ask it" in err
     assert len(set(said("chat", "/temperature 9", *["Hi", "/new"] * 4)[0])) > 1
-    wrong = ("/model none", "/temperature -1", "/temperature nan", "/temperature x", "/dance")
+    wrong = ("/model none", "/model a/below/a/file", "/temperature -1", "/temperature nan", "/temperature x", "/dance")
     out, err = said("chat", *wrong, "x" * 70, "Hi")
     assert out == [first] and [line[:17] for line in err.splitlines()[1:]] == [
-        "(none does not ex", *["(temperature must"] * 2, "(could not conver", "(unknown command ", "(the question has"]
+        "(none does not ex", "(a/below/a/file: ", *["(temperature must"] * 2, "(could not conver", "(unknown command ", "(the question has"]
 
 
 def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypatch, capsys):

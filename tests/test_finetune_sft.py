@@ -366,7 +366,7 @@ def test_evaluate_prints_the_scores_of_both_models(work, capsys):
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers POSTs as the server's `script(path, body, number) -> (status, headers, bytes)` says."""
+    """Answers POSTs as the server's `script(path, body, number) -> (status, headers, bytes)` says; a list of bytes drips."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -376,7 +376,9 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        for piece in [content] if isinstance(content, bytes) else content:
+            self.wfile.write(piece)
+            time.sleep(0.0 if piece is content else 0.05)
 
     def log_message(self, *args):
         pass
@@ -498,11 +500,24 @@ def test_busy_servers_are_asked_again_and_refusals_are_not(server):
         assert len(server.seen) == 1
 
 
-def test_a_server_that_hangs_is_given_up_in_time(server):
-    """One line that names the address and the limit."""
-    server.script = lambda path, body, n: (200, {"X": time.sleep(2)}, b"")
-    with pytest.raises(OSError, match="no reply from the judge at http://127.*within 0.4 s.*ollama serve"):
-        ask(server.url, timeout=0.4)
+def test_a_server_that_drips_hangs_or_is_away_is_given_up_in_time(server):
+    """A byte every 0.05 s would pass any pause between bytes; one line names the address, the cause and the limit."""
+    for content, cause in (([b" "] * 400, "Timeout"), ([b"", *[b""] * 60], "ReadTimeout|ConnectionError")):
+        server.script = lambda path, body, n: (200, {}, content)
+        clock = time.monotonic()
+        with pytest.raises(OSError, match=rf"judge at http://127.* \(({cause}); the limit is 0.4 s\).*ollama serve"):
+            ask(server.url, timeout=0.4)
+        assert time.monotonic() - clock < 10
+    with pytest.raises(OSError, match=r"judge at http://127.0.0.1:9/.* \(ConnectionError; the limit is 300 s\)"):
+        ask("http://127.0.0.1:9")
+
+
+def test_an_endless_reply_is_read_to_a_limit(server, monkeypatch):
+    """What is longer is no reply; one that just fits is read whole."""
+    server.script = lambda path, body, n: (200, {}, ollama("50") + b" " * 5000)
+    for limit, reply in ((len(ollama("50")) + 5000, "50"), (len(ollama("50")) - 1, "")):
+        monkeypatch.setattr(sft, "LARGEST", limit)
+        assert ask(server.url) == reply
 
 
 def test_a_judge_counts_what_is_missing_and_bounds_it(server, capsys):
@@ -587,6 +602,21 @@ def test_the_key_reaches_the_server_and_nothing_else(work, server, capsys, monke
     assert all(canary.encode() not in path.read_bytes() for path in work.rglob("*") if path.is_file())
 
 
+def test_a_damaged_key_is_shown_to_nobody(work, server, capsys, monkeypatch):
+    """A line end around a key comes off; a key that no header can hold is refused before any answer, unseen."""
+    server.script = lambda path, body, n: (200, {}, openai("55"))
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-canary\r\n")
+    assert ask(server.url + "/v1") == "55" and server.seen[0][2]["Authorization"] == "Bearer sk-canary"
+    argv = ["evaluate", *FLAGS[:2], *ANSWER, "--against", "none", "--judge", server.url + "/v1"]
+    for key in ("sk-can\rary", "sk-canary two", "sk-can\u0661ary", "sk-can\x7fary"):
+        monkeypatch.setenv("JUDGE_API_KEY", key)
+        capsys.readouterr()
+        assert sft.main(argv) == 1
+        shown = capsys.readouterr()
+        assert "API key" in shown.err and "sk-can" not in shown.err + shown.out and "exact match" not in shown.out
+    assert len(server.seen) == 1
+
+
 def test_a_key_is_not_sent_in_the_open_nor_to_strangers(monkeypatch):
     """Without https only to this machine; OPENAI_API_KEY only to OpenAI."""
     key = lambda address: sft.open_judge(address)["key"]  # noqa: E731
@@ -627,6 +657,10 @@ def test_entries_that_cannot_be_used_are_refused_or_counted(work, capsys):
     for content, words in cases:
         write("mine.json", content)
         check_error(capsys, ["train", *FLAGS, "--fresh"], 1, *words)
+    write("mine.json", good[:2])
+    asked = ["evaluate", *FLAGS[:2], *ANSWER, "--against", "none", "--split"]
+    check_error(capsys, [*asked, "val"], 1, "mine.json: its val part is empty", "--split all")
+    assert sft.main([*asked, "all"]) == 0
     write("mine.json", good[:5] + [{**good[5], "output": "  "}] + good[6:])
     capsys.readouterr()
     tune("--max_steps", 1, "--fresh")

@@ -1,6 +1,7 @@
 """The model, generation and checkpoints, held against published values, torch's own layers and closed forms."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -255,7 +256,8 @@ def test_repetition_penalty_lowers_only_tokens_that_were_there():
 
 @pytest.mark.parametrize("wrong, said", [
     (dict(ids=torch.tensor([[1, 50]])), "ids from 0 to 49"), (dict(ids=torch.tensor([[-1]])), "ids from 0 to 49"),
-    (dict(ids=torch.zeros(2, 0)), "need a token at least"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
+    (dict(ids=torch.zeros(2, 0)), "at least one token"), (dict(ids=torch.tensor([1, 2])), "for one prompt: torch.tens"),
+    (dict(ids=[[1, 2]]), "for one prompt"), (dict(mask=torch.ones(2, 3)), "prompts' shape"),
     (dict(mask=torch.tensor([[1, 1], [1, 0]])), "padding is on the left"), (dict(num_samples=0), "num_samples"),
     (dict(max_new_tokens=-1), "max_new_tokens"), (dict(temperature=-1.0), "temperature"), (dict(top_k=51), "top_k"),
     (dict(temperature=math.nan), "temperature"), (dict(temperature=1e-40), "temperature"), (dict(top_k=0), "top_k"),
@@ -505,6 +507,11 @@ def test_without_an_int8_product_the_model_stays_as_it_is_and_a_note_says_so(mon
     assert torch.equal(gpt.int8_linears(model)(ids), before)
     assert capsys.readouterr().err == "note: int8 needs an x86 CPU, so weights stay in float32\n"
     monkeypatch.undo()
+    engine = torch.backends.quantized.engine
+    monkeypatch.setattr(gpt, "Int8Linear", lambda layer: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        gpt.int8_linears(model)
+    assert torch.backends.quantized.engine == engine
     assert type(gpt.int8_linears(gpt.empty_model(SMALL, device="meta")).out_head) is nn.Linear
 
 
@@ -825,6 +832,6 @@ def test_help_lists_the_commands_and_each_command_its_flags(capsys):
 def test_a_device_that_is_not_there_is_refused():
     """Also numbers of devices that do not exist."""
     assert gpt.pick_device("cpu") == torch.device("cpu") and gpt.pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("cpu:x", "tpu", "", "cuda:99"):
+    for name in ("meta", "cpu:x", "tpu", "", "cuda:99"):
         with pytest.raises(argparse.ArgumentError, match="use --device cpu"):
             gpt.pick_device(name)

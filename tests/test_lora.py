@@ -206,7 +206,7 @@ def test_disabled_adapters_leave_the_base_bit_for_bit():
     with contextlib.suppress(KeyError), lora_disabled(model):
         raise KeyError
     assert torch.equal(model(IDS), logits)
-    with pytest.raises(ValueError, match="no adapters"), lora_disabled(base):
+    with pytest.raises(ValueError, match=r"no adapters; .* unmerge_lora\(model\)"), lora_disabled(base):
         pass
 
 
@@ -533,6 +533,18 @@ def test_export_writes_the_same_adapter_with_the_bases_name(run_folder, capsys):
     assert torch.equal(load_lora(small_model(), "peft")(IDS), adapted()(IDS))
     with pytest.raises(ValueError, match="another base"):
         load_lora(small_model(seed=3), "peft")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_classifiers_adapter_is_exported_as_one(run_folder, capsys, bias):
+    """The printed lines load a sequence classifier with as many labels, and with a bias where the head has one."""
+    model = apply_lora(classifier(bias=bias), rank=2)
+    model.out_head.requires_grad_(True)
+    save_lora(shake(model), "cls")
+    assert lora.main("export --adapter cls --base_name gpt2".split()) == 0
+    shown = capsys.readouterr().out
+    assert "transformers.AutoModelForSequenceClassification.from_pretrained('gpt2', num_labels=3)" in shown
+    assert ("base.score = torch.nn.Linear" in shown) == bias and "CausalLM" not in shown
 
 
 def test_info_prints_what_adapters_cost(run_folder, capsys):

@@ -198,12 +198,15 @@ def test_a_wrong_field_is_an_error_that_names_it(server, change, status):
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
 
 
-def test_only_local_names_and_known_paths_are_answered(server):
-    """A stranger's Host (DNS rebinding), a form of another site, other paths and methods; no reply allows an origin."""
+def test_only_local_names_and_known_paths_are_answered(server, monkeypatch):
+    """A stranger's Host (DNS rebinding; --host's name is none), a form of another site, other paths and methods; no reply allows an origin."""
     port = server.server_port
     for host, status in ((f"localhost:{port}", 200), ("127.0.0.1", 200), ("[::1]:80", 403), ("evil.example", 403),
+                         ("192.168.0.7:80", 200), (f"shire:{port}", 403),
                          (f"evil.org:{port}", 403), ("localhost.evil.org", 403), ("", 403), ("1.2.nip.io", 403)):
         assert send(server, "GET", "/v1/models", headers={"Host": host})[0] == status, host
+    monkeypatch.setattr(server, "host", "shire")
+    assert send(server, "GET", "/v1/models", headers={"Host": f"shire:{port}"})[0] == 200
     for method, path, status in (("GET", "/v1/models?x=1", 200), ("GET", "/../gpt.py", 404), ("OPTIONS", "/", 405),
                                  ("GET", "/assets/chat.html", 404), ("POST", "/v1/models", 404),
                                  ("GET", "/v1/chat/completions", 404), ("DELETE", "/v1/models", 405)):
@@ -286,6 +289,24 @@ def test_200_hostile_requests_are_refused_and_the_next_good_one_is_served(server
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_slow_sender_ends_although_its_bytes_trickle_in(server, monkeypatch):
+    """A byte each tenth of a second does not extend the time that a request has; a longer answer may follow it."""
+    monkeypatch.setattr(sft, "PATIENCE", 0.6)
+    for start in (b"GET /v1/models HTTP/1.1\r\nX: ", HEAD + b"Content-Length: 999\r\n\r\n"):
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection, \
+                contextlib.suppress(OSError):
+            connection.send(start)
+            for _ in range(150):
+                connection.send(b"y")
+                time.sleep(0.1)
+        assert 0.5 < time.monotonic() - began < 12
+    model = server.models["recited"][0]
+    real = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args, **more: (time.sleep(0.1), real(*args, **more))[1])
+    assert ask(server, "recited")["choices"][0]["message"]["content"] == SAID
+
+
 def test_eight_requests_wait_and_the_tenth_is_refused(server):
     """While one is answered: 503 in OpenAI's form; those that waited are answered, those that left free their place."""
     replies = []
@@ -334,6 +355,21 @@ def test_a_busy_port_and_a_model_that_is_not_there_are_one_line(server, capsys, 
         assert sft.main(["serve", *flags]) == 1
         shown = capsys.readouterr()
         assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_another_address_is_listened_at_and_said_to_be_open(server, capsys, tmp_path, monkeypatch):
+    """127.0.0.1 without --host; 0.0.0.0 is open to others, which one line says; a host that is not there is an error."""
+    gpt.save_checkpoint(tmp_path / "own.safetensors", *server.models["recited"][:2])
+    bound = []
+    monkeypatch.setattr(sft.http.server.ThreadingHTTPServer, "serve_forever",
+                        lambda self: bound.append(self.socket.getsockname()[0]))
+    for flags, host, noted in (((), "127.0.0.1", 0), (("--host", "0.0.0.0"), "0.0.0.0", 1)):
+        assert sft.main(["serve", "--checkpoint", f"{tmp_path}/own.safetensors", "--port", "0", *flags]) == 0
+        shown = capsys.readouterr()
+        assert bound.pop() == host and f"http://{host}:" in shown.out
+        assert shown.err.count("everyone who can reach this machine") == shown.err.count("\n") == noted
+    assert sft.main(["serve", "--checkpoint", f"{tmp_path}/own.safetensors", "--host", "no.such.invalid"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.slow

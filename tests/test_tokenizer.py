@@ -15,7 +15,7 @@ import pytest
 import regex
 
 import tokenizer as tok
-from tokenizer import (EOT, WHITESPACE, BPETokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer, from_dict,
+from tokenizer import (EOT, WHITESPACE, BPETokenizer, CharTokenizer, WordTokenizer, from_dict,
                        load_tokenizer, main)
 
 PROSE = ("The cat sat on the mat, and the dog, who'd seen 12 in 1999, didn't mind.\n\n  \"That's odd,\" she said;\n"

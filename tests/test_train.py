@@ -531,7 +531,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              ([*base, "--optimizer", "sgd"], 2, "invalid choice"), (["trian"], 2, "unknown command"),
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
              (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
-             (["--data", text, "--init", "theirs"], 1, "theirs is a folder", "gpt2_weights.py import"),
+             (["--data", text, "--init", "theirs"], 1, "theirs is a folder; name the file in it"),
              (["--data", text, "--init", "."], 1, ". is a folder; name the file in it"),
              (["--data", text, "--init", "cls.safetensors"], 1, "is a classifier"),
              (["--data", text, "--init", "adapter"], 1, "lora.py merge --adapter adapter"),
