@@ -222,6 +222,7 @@ def test_the_search_for_dangers_finds_them():
 SMALL = ["--emb_dim", "16", "--n_layers", "1", "--n_heads", "2", "--max_steps", "2"]
 TRAINED = [["tokenizer.py", "train", "--data", "text.txt", "--vocab_size", "300"],
            ["train.py", "--data", "text.txt", *SMALL]]
+SHORT = "--data mine.json --max_new_tokens 4".split()
 FEW = "--data mine.json --max_steps 1 --response_length 4 --eval_prompts 2 --test_prompts 2".split()
 LIBRARY = {
     "gpt.py": """
@@ -268,8 +269,8 @@ RUNS = {  # what each file does in the folder, and a word or line of what it pri
     "train.py": ([["gpt.py", "--prompt", "Tom has", "--max_new_tokens", "3"]], "Tom has"),
     "finetune_cls.py": ([["finetune_cls.py", "--data", "mine.tsv", "--max_steps", "2"],
                          ["finetune_cls.py", "classify", "You won a prize"]], "You won a prize"),
-    "finetune_sft.py": ([["finetune_sft.py", "--data", "mine.json", "--template", "plain", "--max_steps", "2"],
-                         ["finetune_sft.py", "evaluate", "--data", "mine.json"]], "exact match"),
+    "finetune_sft.py": ([["finetune_sft.py", *SHORT, "--template", "plain", "--max_steps", "2"],
+                         ["finetune_sft.py", "evaluate", *SHORT]], "exact match"),
     "rlhf.py": ([["rlhf.py", "all", "--init", "out/pretrain/model.safetensors", *FEW]], "reward"),
 }
 
@@ -278,7 +279,7 @@ def start(folder, *command):
     """Run Python with these words in a folder, as on a machine where nothing of ours is; return what it printed."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DATA_DIR")}
     done = subprocess.run([sys.executable, *command], cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "NumPy" not in done.stderr, (command, done.stderr)
     return done.stdout
 
