@@ -216,6 +216,27 @@ def test_orpo_writes_the_chosen_answer_and_widens_the_odds():
     assert math.isfinite(loss.item()) and certain.grad.isfinite().all()
 
 
+@pytest.mark.peer
+def test_the_losses_and_advantages_are_trls():
+    """TRL 1.12: ORPO's odds ratio, SimPO and IPO in CPOTrainer, whose log-probabilities are means per token there."""
+    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
+    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 30, (2, 16)).float()
+    chosen, rejected, ref_chosen, ref_rejected = -torch.rand(4, 16) * 3 * lengths[[0, 1, 0, 1]]
+    means = chosen / lengths[0], rejected / lengths[1]
+    self = mock.Mock(beta=0.4, alpha=0.0, simpo_gamma=0.7, label_smoothing=0.0, loss_type="simpo")
+    self.accelerator.device = "cpu"
+    theirs = cpo.cpo_loss(self, *means)[0].mean().item()
+    assert rlhf.simpo_loss(chosen, rejected, *lengths, 0.4, 0.7).item() == pytest.approx(theirs, rel=1e-5)
+    theirs = -orpo.odds_ratio_loss(self, *means)[0].mean().item() - means[0].mean().item()
+    assert rlhf.orpo_loss(chosen, rejected, *lengths, 0.4).item() == pytest.approx(theirs, rel=1e-5)
+    self.loss_type = "ipo"
+    ratios = (chosen - ref_chosen) / lengths[0], (rejected - ref_rejected) / lengths[1]
+    theirs = cpo.cpo_loss(self, *ratios)[0].mean().item()
+    assert rlhf.ipo_loss(*ratios, *torch.zeros(2, 16), beta=0.4).item() == pytest.approx(theirs, rel=1e-5)
+
+
 def test_dpo_trains_by_every_loss(folder):
     """The first training loss is that of the start: ln 2, 1 / (4 beta^2), and those of SimPO, ORPO and SFT from the
     start's own log-probabilities; each falls, and margins grow; --beta is 2 for SimPO alone."""

@@ -323,6 +323,27 @@ def test_a_question_that_cannot_be_scored_is_one_line(line, said, tmp_path, monk
     assert "task.jsonl line 2" in error or "context" in error
 
 
+@pytest.mark.peer
+def test_choices_are_as_likely_as_to_transformers(tmp_path):
+    """On a random GPT-2, exported: the loss of transformers' model over the choice's tokens, times their number."""
+    transformers = pytest.importorskip("transformers")
+    from gpt2_weights import export_gpt2
+
+    model, tokenizer = small_lm(tmp_path / "m.safetensors", context=64)
+    export_gpt2(model, tmp_path / "hf")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    for question in QUESTIONS[:2]:
+        prompt, space = question["prompt"], " " * (question["prompt"][-1] != " ")
+        expected = []
+        for choice in question["choices"]:
+            ids = torch.tensor([tokenizer.encode(prompt + space + choice)])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            with torch.no_grad():
+                expected.append(-theirs(ids, labels=labels).loss.item() * len(space + choice))
+        assert train.choice_logprobs(model, tokenizer, prompt, question["choices"]) == pytest.approx(expected, abs=1e-4)
+
+
 def test_accumulation_changes_nothing_but_rounding(text):
     """Batches of 4 computed at once, in 2 and in 4 pieces end with the same loss."""
     losses = [pretrain("--max_steps", 8, "--accumulate", n, "--out_dir", "out/pretrain", "--fresh")["val_loss"]
