@@ -553,10 +553,10 @@ def open_server(config):
 
 def serve(config):
     """Answer in the browser, and programs that speak OpenAI's chat API, until Ctrl-C."""
-    with open_server(config) as server:
-        print(f"{', '.join(server.models)} at http://127.0.0.1:{server.server_port}  (API: /v1; Ctrl-C ends it)")
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+    with open_server(config) as server, contextlib.suppress(KeyboardInterrupt):
+        names, address = ", ".join(server.models), f"http://127.0.0.1:{server.server_port}"
+        print(f"{names} at {address}  (API: {address}/v1; Ctrl-C ends it)", flush=True)
+        server.serve_forever()
     server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token
     print("\nstopped")
 

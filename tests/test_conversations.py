@@ -253,7 +253,7 @@ def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypat
 def terminal(path, *flags):
     """Return (pid, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
 
-    Signals go to a thread that sleeps, so that no Ctrl-C interrupts a read, as one does not that comes just before."""
+    Signals go to a thread that sleeps, so no Ctrl-C interrupts a read, as if it had come just before it."""
     pid, side = pytest.importorskip("pty").fork()
     if pid == 0:
         status = 99
