@@ -226,10 +226,25 @@ def test_a_piped_chat_remembers_and_obeys_and_respond_forgets(tmp_path, monkeypa
     out, err = said("chat", "Hi", "/model b", "Hi")
     assert out == [first, greedy(other, "Hi\n>")] and "b: sft, on mine.json; /help lists commands; ask it" in err
     assert len(set(said("chat", "/temperature 9", *["Hi", "/new"] * 4)[0])) > 1
-    wrong = ("/model none", "/model a/below/a/file", "/temperature -1", "/temperature nan", "/temperature x", "/dance")
+    wrong = ("/model none", "/temperature -1", "/temperature nan", "/temperature x", "/dance")
     out, err = said("chat", *wrong, "x" * 70, "Hi")
     assert out == [first] and [line[:17] for line in err.splitlines()[1:]] == [
-        "(none does not ex", "(a/below/a/file: ", *["(temperature must"] * 2, "(could not conver", "(unknown command ", "(the question has"]
+        "(none does not ex", *["(temperature must"] * 2, "(could not conver", "(unknown command ", "(the question has"]
+
+
+def test_a_model_that_cannot_be_had_leaves_the_conversation(tmp_path, monkeypatch, capsys):
+    """A path below a file, and a download without a network, are one line each; the next answer knows the first."""
+    def offline(config, made_by):
+        raise ConnectionError("no network")
+
+    model, met = letters_model(tmp_path / "a", seed=4), sft.load_start
+    monkeypatch.setattr(sft, "load_start", lambda config, made_by:
+                        (offline if config.init == "gpt2" else met)(config, made_by))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Hi\n/model {tmp_path}/a/below\n/model gpt2\nAnd\n"))
+    assert sft.main(["chat", "--checkpoint", str(tmp_path / "a"), "--max_new_tokens", "6"]) == 0
+    shown, first = capsys.readouterr(), greedy(model, "Hi\n>")
+    assert shown.out.split("\n")[:-1] == [first, greedy(model, f"Hi\n> {first}$And\n>")]
+    assert "a/below does not exist" in shown.err and shown.err.endswith("(no network)\n")
 
 
 def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypatch, capsys):

@@ -87,6 +87,14 @@ def ask(server, model="drawn", messages=ASKED, **fields):
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
+def until(condition):
+    """Wait until condition() is true; a minute without that fails the test."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def drawn_by(server):
     """Return the model `drawn`, its tokenizer and the ids of `ASKED`."""
     model, tokenizer, _, _ = server.models["drawn"]
@@ -310,16 +318,17 @@ def test_a_slow_sender_ends_although_its_bytes_trickle_in(server, monkeypatch):
 def test_eight_requests_wait_and_the_tenth_is_refused(server):
     """While one is answered: 503 in OpenAI's form; those that waited are answered, those that left free their place."""
     replies = []
+    free = lambda n: lambda: server.places._value == n  # noqa: E731
     with server.busy:
         gone = socket.create_connection(("127.0.0.1", server.server_port))
         gone.sendall(raw(model="drawn"))
-        time.sleep(0.3)
+        until(free(sft.WAITING))
         gone.close()
-        time.sleep(0.6)
-        threads = [threading.Thread(target=lambda: replies.append(ask(server))) for _ in range(1 + sft.WAITING)]
+        until(free(1 + sft.WAITING))
+        threads = [threading.Thread(target=lambda: replies.append(ask(server, max_tokens=2))) for _ in range(1 + sft.WAITING)]
         for thread in threads:
             thread.start()
-        time.sleep(1)
+        until(free(0))
         status, _, content = send(server, "POST", "/v1/chat/completions", {"model": "drawn", "messages": ASKED})
         assert status == 503 and json.loads(content)["error"]["type"] == "server_error" and replies == []
     for thread in threads:
@@ -335,9 +344,8 @@ def test_a_client_that_leaves_stops_its_answer(server, monkeypatch, stream):
     monkeypatch.setattr(model, "hidden", lambda *args, **more: (steps.append(time.sleep(0.1)), real(*args, **more))[1])
     with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
         connection.sendall(raw(model="recited", stream=stream))
-        while len(steps) < 3:
-            time.sleep(0.02)
-    assert server.busy.acquire(timeout=1.5) and len(steps) < 12
+        until(lambda: len(steps) >= 3)
+    assert server.busy.acquire(timeout=60) and len(steps) < 12
     server.busy.release()
 
 
@@ -423,10 +431,8 @@ def test_a_browser_types_sends_and_clicks_a_token(server):
     tokens = lambda: [token.get_property("textContent") for token in find(".answer:last-child .token")]  # noqa: E731
 
     def wait(what):
-        end = time.monotonic() + 60
-        while not what():
-            assert time.monotonic() < end and not find("#error")[0].text
-            time.sleep(0.1)
+        until(lambda: find("#error")[0].text or what())
+        assert not find("#error")[0].text
 
     try:
         driver.get(f"http://127.0.0.1:{server.server_port}/")
