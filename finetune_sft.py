@@ -567,15 +567,10 @@ def open_server(config):
 def serve(config):
     """Answer in the browser, and programs that speak OpenAI's chat API, until Ctrl-C."""
     with open_server(config) as server, contextlib.suppress(KeyboardInterrupt):
-<<<<<<< HEAD
         names, address = ", ".join(server.models), f"http://{config.host}:{server.server_port}"
         print(f"{names} at {address}  (API: {address}/v1; Ctrl-C ends it)", flush=True)
         if config.host not in LOCAL[:2]:
             print("note: everyone who can reach this machine can use the models; there is no password", file=sys.stderr)
-=======
-        names, address = ", ".join(server.models), f"http://127.0.0.1:{server.server_port}"
-        print(f"{names} at {address}  (API: {address}/v1; Ctrl-C ends it)", flush=True)
->>>>>>> h-sft
         server.serve_forever()
     server.busy.acquire(timeout=PATIENCE)  # the answer in progress ends at its next token
     print("\nstopped")

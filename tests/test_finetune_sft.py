@@ -366,7 +366,7 @@ def test_evaluate_prints_the_scores_of_both_models(work, capsys):
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers POSTs as the server's `script(path, body, number) -> (status, headers, bytes)` says; a list of bytes drips."""
+    """Answers POSTs as the server's `script(path, body, number) -> (status, headers, bytes)` says; a list drips."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

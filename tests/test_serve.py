@@ -207,7 +207,7 @@ def test_a_wrong_field_is_an_error_that_names_it(server, change, status):
 
 
 def test_only_local_names_and_known_paths_are_answered(server, monkeypatch):
-    """A stranger's Host (DNS rebinding; --host's name is none), a form of another site, other paths and methods; no reply allows an origin."""
+    """A stranger's Host (DNS rebinding), a form of another site, other paths and methods; no reply allows an origin."""
     port = server.server_port
     for host, status in ((f"localhost:{port}", 200), ("127.0.0.1", 200), ("[::1]:80", 403), ("evil.example", 403),
                          ("192.168.0.7:80", 200), (f"shire:{port}", 403),
@@ -325,7 +325,8 @@ def test_eight_requests_wait_and_the_tenth_is_refused(server):
         until(free(sft.WAITING))
         gone.close()
         until(free(1 + sft.WAITING))
-        threads = [threading.Thread(target=lambda: replies.append(ask(server, max_tokens=2))) for _ in range(1 + sft.WAITING)]
+        threads = [threading.Thread(target=lambda: replies.append(ask(server, max_tokens=2)))
+                   for _ in range(1 + sft.WAITING)]
         for thread in threads:
             thread.start()
         until(free(0))
@@ -366,7 +367,7 @@ def test_a_busy_port_and_a_model_that_is_not_there_are_one_line(server, capsys, 
 
 
 def test_another_address_is_listened_at_and_said_to_be_open(server, capsys, tmp_path, monkeypatch):
-    """127.0.0.1 without --host; 0.0.0.0 is open to others, which one line says; a host that is not there is an error."""
+    """127.0.0.1 without --host; 0.0.0.0 is open to others, which one line says; an unknown name is an error."""
     gpt.save_checkpoint(tmp_path / "own.safetensors", *server.models["recited"][:2])
     bound = []
     monkeypatch.setattr(sft.http.server.ThreadingHTTPServer, "serve_forever",
