@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -34,45 +35,70 @@ def two(first, second, data=bytes(16)):
 # What is wrong -> (file, a part of the message that names the rule or the tensor).
 MALFORMED = {
     "empty": (b"", "has 0 bytes"),
+    "seven bytes": (b"\x02\0\0\0\0\0\0", "has 7 bytes"),
     "header of 0 bytes": (file_bytes("", length=0), "header would have 0"),
+    "header of 1 byte": (file_bytes("{", length=1), "header would have 1"),
     "header longer than the file": (file_bytes({"w": F32}, length=10_000), "header would have 10000"),
     "header of 2^63 bytes": (file_bytes({"w": F32}, length=2**63), "header would have 9223372036854775808"),
+    "header of 2^64 - 1 bytes": (file_bytes({"w": F32}, length=2**64 - 1), "header would have"),
     "not UTF-8": (file_bytes(b'{"\xff": 1}'), "malformed header.*codec"),
     "byte order mark": (file_bytes(b"\xef\xbb\xbf{}"), "does not start with '{'"),
+    "leading space": (file_bytes(" {}"), "does not start with '{'"),
     "not JSON": (file_bytes("{w: 1}"), "malformed header: Expecting"),
+    "JSON list": (file_bytes([]), "does not start with '{'"),
     "JSON null": (file_bytes(None), "does not start with '{'"),
+    "text behind the JSON": (file_bytes("{} x"), "malformed header: Extra data"),
     "NaN in the JSON": (file_bytes('{"w": NaN}'), "wrong type"),
+    "infinite number": (file_bytes('{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}'), "'w'.*whole"),
+    "number of 5,000 digits": (
+        file_bytes('{"w": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 8]}}' % ("9" * 5000)), "malformed header"),
     "nested 100,000 deep": (file_bytes('{"w":' + "[" * 100_000), "wrong type|malformed header"),
     "one byte missing": (entry()[:-1], "'w': F32 .2. does not fit 8 of 7 bytes"),
+    "one byte too many": (entry() + b"x", "describes 8 bytes of data, the file holds 9"),
     "no tensor, but data": (file_bytes({}), "describes 0 bytes of data, the file holds 8"),
+    "hole at the start": (two([4, 12], [12, 20], bytes(20)), "'a'.*must begin at 0"),
     "hole in between": (two([0, 8], [12, 20], bytes(20)), "'b'.*must begin at 8"),
     "overlap": (two([0, 8], [4, 12], bytes(12)), "'b'.*must begin at 8"),
+    "same span twice": (two([0, 8], [0, 8], bytes(8)), "'b'.*must begin at 8"),
     "end before begin": (entry(data_offsets=[0, -8]), "'w'.*at least 0"),
     "end before begin, both positive": (two([0, 8], [8, 4], bytes(8)), "'b'.*does not fit -4 of 8 bytes"),
     "negative begin": (entry(data_offsets=[-8, 8]), "'w'.*at least 0"),
+    "fractional offsets": (entry(data_offsets=[0.0, 8.0]), "'w'.*whole"),
     "true as an offset": (entry(data_offsets=[False, 8]), "'w'.*whole"),
+    "offsets as text": (entry(data_offsets=["0", "8"]), "'w'.*whole"),
     "three offsets": (entry(data_offsets=[0, 4, 8]), "too many values"),
+    "no offset": (entry(data_offsets=[]), "not enough values"),
     "shape larger than the data": (entry(shape=[3]), "'w'.*does not fit 8 of 8 bytes"),
+    "shape smaller than the data": (entry(shape=[1]), "'w'.*does not fit 8 of 8 bytes"),
     "type wider than the data": (entry(dtype="F64"), "'w'.*does not fit 8 of 8 bytes"),
     "unknown type": (entry(dtype="F31"), "'w'.*unknown dtype 'F31'"),
+    "type in lower case": (entry(dtype="f32"), "'w'.*unknown dtype"),
     "type that is a list": (entry(dtype=["F32"]), "wrong type"),
     "shape whose product wraps at 64 bits": (entry(shape=[2**32, 2**32, 2]), "'w'.*does not fit 8 of 8 bytes"),
     "shape above 64 bits": (entry(shape=[2**64 + 2]), "'w'.*whole"),
     "negative dimensions": (entry(shape=[-1, -2]), "'w'.*at least 0"),
+    "true as a dimension": (entry(shape=[True, 2]), "'w'.*whole"),
     "shape that is a number": (entry(shape=2), "wrong type"),
     "200,000 dimensions": (entry(shape=[2**62] * 200_000), "'w'.*shape and data_offsets must be"),
     "missing type": (entry(dtype=None), "'w' has unknown or missing fields"),
+    "missing shape": (entry(shape=None), "'w' has unknown or missing fields"),
     "missing offsets": (entry(data_offsets=None), "a field is missing"),
     "unknown field": (entry(device="cpu"), "'w' has unknown or missing fields"),
+    "entry that is a list": (file_bytes({"w": [1, 2]}), "wrong type"),
     "same name twice": (file_bytes('{"w": %s, "w": %s}' % (json.dumps(F32), json.dumps(F32))), "twice"),
     "same field twice": (file_bytes('{"w": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
                          "twice"),
+    "number in the metadata": (file_bytes({"__metadata__": {"epoch": 3}, "w": F32}), "strings to strings"),
+    "nested metadata": (file_bytes({"__metadata__": {"a": {"b": "c"}}, "w": F32}), "strings to strings"),
+    "metadata that is null": (file_bytes({"__metadata__": None, "w": F32}), "wrong type"),
+    "metadata that is a list": (file_bytes({"__metadata__": [], "w": F32}), "wrong type"),
+    "shape that is text": (entry(shape="", data_offsets=[0, 4])[:-4], "wrong type"),
+    "shape that is an object": (entry(shape={}, data_offsets=[0, 4])[:-4], "wrong type"),
     "BOOL of 7": (file_bytes({"w": {"dtype": "BOOL", "shape": [8], "data_offsets": [0, 8]}}, b"\1\0\1\0\7\0\0\0"),
                   "'w'.*neither 0 nor 1"),
-    "number in the metadata": (file_bytes({"__metadata__": {"epoch": 3}, "w": F32}), "strings to strings"),
-    "metadata that is null": (file_bytes({"__metadata__": None, "w": F32}), "wrong type"),
-    "shape that is text": (entry(shape="", data_offsets=[0, 4])[:-4], "wrong type"),
     "web page": (b"<!DOCTYPE html><html><body>Not found</body></html>", "not a safetensors file"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "not a safetensors file"),
+    "zip of torch.save": (b"PK\x03\x04" + bytes(60), "not a safetensors file"),
 }
 
 # What is odd and yet allowed -> (file, {name: shape}).
@@ -101,6 +127,15 @@ def test_a_malformed_file_is_refused_with_the_rule_that_it_breaks(what, tmp_path
     assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 1000
 
 
+def test_a_header_above_the_limit_is_refused_even_where_the_file_is_that_large(tmp_path):
+    """The format allows 100 MB of header; a (sparse) file of 200 MB that claims more is not read."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((100_000_001).to_bytes(8, "little") + b"{}")
+    os.truncate(path, 200_000_000)
+    with pytest.raises(ValueError, match="header would have 100000001"):
+        gpt.read_safetensors(path)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts otherwise elsewhere")
 def test_no_malformed_file_makes_the_reader_claim_memory(tmp_path):
     """All of them together raise the peak of memory by less than 100 MB, though some claim exabytes."""
@@ -122,6 +157,17 @@ def test_an_odd_but_sound_file_is_read(what, tmp_path):
     path.write_bytes(content)
     tensors, _ = gpt.read_safetensors(path)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+
+
+def test_a_name_is_never_used_as_a_path(tmp_path):
+    """Names with dots, NUL, nothing, or half a surrogate pair are only names."""
+    names = ["../../escaped", "a\0b", "", "/etc/passwd", "\ud800"]
+    header = {name: {**F32, "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate(names)}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.safetensors").write_bytes(file_bytes(header, bytes(8 * len(names))))
+    tensors, _ = gpt.read_safetensors(tmp_path / "in" / "x.safetensors")
+    assert sorted(tensors) == sorted(names)
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "x.safetensors"]
 
 
 @pytest.mark.parametrize("shift", range(4))
@@ -162,6 +208,14 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_copied(value, tmp_
     with pytest.raises(ValueError, match="trf_blocks.0.ffn.fc1.weight.*not finite"):
         gpt.copy_weights(model, tensors, "somewhere")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_integers_are_no_weights():
+    """A quantized file would load as numbers without meaning."""
+    model = gpt.GPTModel(gpt.GPTConfig(11, 4, 8, 2, 1))
+    tensors = {**model.state_dict(), "pos_emb.weight": torch.zeros(4, 8, dtype=torch.int8)}
+    with pytest.raises(ValueError, match="pos_emb.weight.*int8"):
+        gpt.copy_weights(model, tensors, "somewhere")
 
 
 @pytest.mark.peer
