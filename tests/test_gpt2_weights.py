@@ -1084,4 +1084,4 @@ def test_llama_cpp_computes_the_same(kind, tmp_path, gpt2_tokenizer):
                 assert sure.float().mean() > 0.5 and torch.equal(theirs[sure], ours[0, len(prompt) :][sure])
     print(f"{kind}: largest difference of a logit in f32 {worst:.1e}; perplexity ours, theirs: {perplexities}")
     for ours, theirs in perplexities.values():
-        assert abs(theirs / ours - 1) < 0.01
+        assert abs(theirs / ours - 1) < (0.01 if kind.startswith("own") else 0.02)  # random: perplexity of 8 million
