@@ -155,7 +155,8 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 
 def ending(path):
     """Return the ending of a file's name in lower case, not counting .gz: Notes.TXT.gz -> .txt."""
-    return Path(str(path).lower().removesuffix(".gz")).suffix
+    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
+    return ".jsonl" if suffix == ".ndjson" else suffix  # another name of the same form
 
 
 def locate(source, kind):
@@ -277,7 +278,9 @@ def csv_rows(path):
     csv.field_size_limit(2**31 - 1)  # the default refuses texts above 131,072 characters
     reader = csv.DictReader(decoded(path), strict=True)
     try:
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        require(len(names) > 1 or ";" not in "".join(names), f"{path}: put commas between its columns, not semicolons")
+        require(len(set(names)) == len(names), f"{path}: a column stands twice in the header: {', '.join(names)}")
         for row in reader:
             fits = None not in row and None not in row.values()  # DictReader's marks of a row too long or too short
             require(fits, f"{path} line {reader.line_num}: expected {len(reader.fieldnames)} columns")
@@ -339,7 +342,8 @@ def read_labelled(source, labels=None):
 
 
 # What files call those who speak, and who may speak after whom.
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant"}
 FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 
 
@@ -387,6 +391,9 @@ def conversation(entry, place="entry"):
         require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
         require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
                 f"expected {' or '.join(FOLLOWS[before])}")
+        parts = message.get(what)
+        if isinstance(parts, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            message = {what: "".join(text_field(part, "text", at) for part in parts)}  # OpenAI's form of a content
         messages.append({"role": role, "content": text_field(message, what, at)})
         before = role
     return messages

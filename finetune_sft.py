@@ -349,6 +349,8 @@ def ask_judge(judge, prompt, timeout=300.0):
     try:
         reply = json.loads(content) if judge["ollama"] else json.loads(content)["choices"][0]
         text, stopped = reply["message"]["content"], reply.get("done_reason" if judge["ollama"] else "finish_reason")
+        if isinstance(text, list):  # of parts, as Mistral answers
+            text = "".join(part["text"] for part in text if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return ""
     return text if isinstance(text, str) and stopped != "length" else ""

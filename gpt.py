@@ -132,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D), the S - T earlier positions in front
-        causal = allowed is None and x.shape[1] > 1  # a single new token sees everything before it
+        causal = allowed is None and not x.shape[1] == 1  # one new token sees all; `not` gives torch.compile a bool
         dropout = self.drop_rate if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # heads joined: (B, H, T, D) -> (B, T, C)

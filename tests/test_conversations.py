@@ -5,9 +5,8 @@ import json
 import os
 import re
 import select
-import signal
+import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -69,6 +68,8 @@ def test_every_form_gives_the_same_messages(tmp_path, capsys):
         found = data.read_conversations(tmp_path / name)
         assert [entry["messages"] for entry in found] == [two, two, one, one, one]
         assert [entry.get("kind") for entry in found] == ["rude", None, None, None, None]
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "rude."}]}]
+    assert data.conversation({"messages": parts + two[1:]}) == two  # as OpenAI's clients may send it
     assert data.main(["show", str(tmp_path / "a.json"), "--view", "instructions"]) == 0
     assert json.dumps(two) in capsys.readouterr().out
 
@@ -266,20 +267,26 @@ def test_chat_takes_the_best_model_there_is_and_never_trains(tmp_path, monkeypat
     assert sorted(os.listdir()) == sorted(sft.MODELS)
 
 
-def terminal(path, *flags):
-    """Return (pid, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
+# Signals go to a thread that sleeps, so no Ctrl-C interrupts a read, as if it had come just before it.
+CHILD = """
+import fcntl, signal, sys, termios, threading, time
+import finetune_sft
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+sys.exit(finetune_sft.main(["chat", *sys.argv[1:]]))
+"""
 
-    Signals go to a thread that sleeps, so no Ctrl-C interrupts a read, as if it had come just before it."""
-    pid, side = pytest.importorskip("pty").fork()
-    if pid == 0:
-        status = 99
-        try:
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-            threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            status = sft.main(["chat", "--checkpoint", str(path), "--device", "cpu", *flags])
-        finally:
-            os._exit(status)
+
+def terminal(path, *flags):
+    """Return (child, ask) of `chat` in a pseudo-terminal: ask(typed, pattern) returns what is shown up to a pattern.
+
+    A Python of its own: a fork of this process, in which torch has threads, may wait for them forever."""
+    side, inner = pytest.importorskip("pty").openpty()
+    argv = [sys.executable, "-c", CHILD, "--checkpoint", str(path), "--device", "cpu", *flags]
+    child = subprocess.Popen(argv, stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+                             cwd=Path(sft.__file__).parent)
+    os.close(inner)
     shown, limit = [""], time.monotonic() + 120
 
     def ask(typed, pattern="\n> "):
@@ -292,16 +299,7 @@ def terminal(path, *flags):
         return before
 
     ask("", "> ")
-    return pid, ask
-
-
-def ended(pid):
-    """Return the exit status of a child, which is killed if it does not end within a minute."""
-    killer = threading.Timer(60, os.kill, [pid, signal.SIGKILL])
-    killer.start()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    killer.cancel()
-    return status
+    return child, ask
 
 
 def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
@@ -313,22 +311,22 @@ def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
         model.out_head.weight.zero_()
         model.out_head.weight[LETTERS.encode("x")[0]] = 1.0
     gpt.save_checkpoint(tmp_path / "x", model, LETTERS, template="plain")
-    pid, ask = terminal(tmp_path / "x", "--max_new_tokens", "4096")
+    child, ask = terminal(tmp_path / "x", "--max_new_tokens", "4096")
     ask("Hi\n", "xxxx")
     assert ask("\x03", r"\(stopped.*\r\n> ").count("x") < 4096
     assert "unknown command /dance" in ask("/dance\n")
     ask("\n", "")
-    assert ended(pid) == 0
+    assert child.wait(60) == 0
 
 
 def test_a_full_context_says_what_goes_and_ctrl_c_at_the_prompt_ends(tmp_path):
     """Once the context of 64 is full early turns go in pairs, which each turn says, and /new does not; status 130."""
     letters_model(tmp_path / "a", seed=4)
-    pid, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
+    child, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
     ask("/system SSSS\n")
     said = [re.findall(r"no room for the (\d) oldest", ask(f"{number}2345678\n")) for number in range(5)]
     assert said[:2] == [[], []] and said[3:] == [["2"], ["4"]]
     ask("/new\n")
     assert "no room" not in ask("92345678\n")
     ask("\x03", "")
-    assert ended(pid) == 130
+    assert child.wait(60) == 130

@@ -731,6 +731,8 @@ def test_labelled_text_reads_alike_from_three_formats(tmp_path):
         assert data.read_labelled(name) == [("ham", 'say "hi\tyou'), ("spam", "Win, now")]
     (tmp_path / "b.jsonl").write_text('{"label": 1, "text": "a"}')
     assert data.read_labelled("b.jsonl") == [("1", "a")]
+    (tmp_path / "a.NDJSON").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert data.read_labelled("a.NDJSON") == data.read_labelled("a.jsonl")
     (tmp_path / "b.csv").write_text(f'Label, Text\nham,{"x" * 135_000}\n')
     assert data.read_labelled("b.csv") == [("ham", "x" * 135_000)]
     with pytest.raises(ValueError, match="line 3: label 'spam'; the model knows ham, eggs"):
@@ -843,6 +845,8 @@ BAD_INPUTS = [
     ("messages", "a.csv", 'label,text\nham,"hi\nspam,you\n', "after line 1: unexpected end of data"),
     ("messages", "a.csv", 'label,text\nham,"hi"x\nspam,you\n', "after line 1"),
     ("messages", "a.csv", "a,b\nham,hi", "line 2: 'label' is missing"),
+    ("messages", "a.csv", "label;text\nham;hi, you\n", "commas between its columns, not semicolons"),
+    ("messages", "a.csv", "label,text,Text\nham,hi,you\n", "a column stands twice in the header: label, text, text"),
     ("messages", "a.jsonl", '{"label": null, "text": "a"}', "'label' must be text"),
 ]
 

@@ -520,6 +520,13 @@ def test_an_endless_reply_is_read_to_a_limit(server, monkeypatch):
         assert ask(server.url) == reply
 
 
+def test_a_reply_in_parts_is_their_text(server):
+    """What Mistral's API sends; a part of another type is no text."""
+    parts = [{"type": "text", "text": "8"}, {"type": "thinking"}, {"type": "text", "text": "5"}]
+    server.script = lambda path, body, n: (200, {}, json.dumps({"message": {"content": parts}}).encode())
+    assert ask(server.url) == "85"
+
+
 def test_a_judge_counts_what_is_missing_and_bounds_it(server, capsys):
     """Grades 80 and 60 with one unreadable: mean 70, one missing, between 46.7 and 80 whatever it was."""
     grades = {"fine": "80", "poor": "60", "odd": "perhaps 70"}

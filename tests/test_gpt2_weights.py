@@ -1085,3 +1085,31 @@ def test_llama_cpp_computes_the_same(kind, tmp_path, gpt2_tokenizer):
     print(f"{kind}: largest difference of a logit in f32 {worst:.1e}; perplexity ours, theirs: {perplexities}")
     for ours, theirs in perplexities.values():
         assert abs(theirs / ours - 1) < (0.01 if kind.startswith("own") else 0.02)  # random: perplexity of 8 million
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_the_gguf_package_reads_our_files(dtype, tmp_path):
+    """Every tensor, dequantized by the package, and metadata of each kind; its blocks of q8_0 are ours."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = BPETokenizer.train([TEXT * 3], 300)
+    model = ready_model(gpt.GPTConfig(300, 16, 32, 4, 2, qkv_bias=True, tie_weights=True))
+    gpt2_weights.export_gguf(model, tmp_path / "m.gguf", tokenizer, dtype)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.tokens"] == [*tokenizer.names, "<|endoftext|>"]
+    assert fields["tokenizer.ggml.merges"] == tokenizer.merges and fields["tokenizer.ggml.eos_token_id"] == 299
+    assert fields["gpt2.block_count"] == 2 and abs(fields["gpt2.attention.layer_norm_epsilon"] - 1e-5) < 1e-11
+    known = {gguf.TENSOR_NAMES[tensor].format(bid=i) for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2]
+             for i in range(2)}
+    assert {tensor.name.rpartition(".")[0] for tensor in reader.tensors} == known - {"output"}
+    state = list(model.state_dict().values())
+    assert len(reader.tensors) == len(state) - 1
+    for tensor, right in zip(reader.tensors, state):
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        step = {"F32": 0, "F16": 2**-11, "Q8_0": 1 / 254 + 2**-11}[tensor.tensor_type.name] * right.abs().max()
+        assert (found - right).abs().max() <= step * 1.01, tensor.name
+        if tensor.tensor_type.name == "Q8_0":
+            theirs = torch.from_numpy(gguf.quants.quantize(right.detach().numpy(), tensor.tensor_type))
+            difference = theirs.view(torch.int8).int() - torch.from_numpy(tensor.data.copy()).view(torch.int8).int()
+            assert (difference != 0).float().mean() < 1e-4 and difference.abs().max() <= 1  # ties round to even here

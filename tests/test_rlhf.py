@@ -132,6 +132,7 @@ def test_the_kl_controller_follows_its_closed_form():
     assert second == pytest.approx(first * (1 - 0.1 * 512 / 10000))
     assert rlhf.kl_controller(second, 0.0, 6.0, 1000, 1000) == pytest.approx(second * 0.8)
     assert rlhf.kl_controller(second, 5.0, 0.0, 1000, 1000) == second  # without a target
+    assert rlhf.kl_controller(0.1, 0.0, 6.0, 800, 100) == pytest.approx(0.08)  # more episodes than the horizon
 
 
 def test_reward_loss_identities():
