@@ -391,12 +391,19 @@ def conversation(entry, place="entry"):
         require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
         require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
                 f"expected {' or '.join(FOLLOWS[before])}")
-        parts = message.get(what)
-        if isinstance(parts, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-            message = {what: "".join(text_field(part, "text", at) for part in parts)}  # OpenAI's form of a content
+        if type(message.get(what)) is list:
+            message = {**message, what: joined(message[what])}
         messages.append({"role": role, "content": text_field(message, what, at)})
         before = role
     return messages
+
+
+def joined(content):
+    """Return a list of parts of text, OpenAI's form of a content, as one text; a list of anything else as it is."""
+    try:
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    except (TypeError, KeyError):
+        return content
 
 
 def read_preferences(source):

@@ -419,7 +419,8 @@ def read_fields(body):
         value = default if given.get(name) is None else given[name]
         size = len(value) if isinstance(value, (str, list, dict)) else value
         if value is not default and not (type(value) in kinds and low <= size <= high):  # NaN fits no limits
-            raise Refused(400, f"{name} must be a {kinds[0].__name__}; it or its length {low} to {high}", name)
+            what = "of length" if kinds[0] in (str, list, dict) else "from"
+            raise Refused(400, f"{name} must be of type {kinds[0].__name__}, {what} {low} to {high}", name)
         fields[name] = value
     fields["stop"] = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
     if not all(isinstance(text, str) and text for text in fields["stop"]):
@@ -534,7 +535,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def complete(self, fields):
         """Answer in turn; the prompt depends on messages alone, so that an answer goes on behind the same ids."""
-        server, name, begun = self.server, fields["model"], fields["continue_ids"]
+        server, begun = self.server, fields["continue_ids"]
+        name = fields["model"] or next(iter(server.models))
         if name not in server.models:
             raise Refused(404, f"no such model; there are: {', '.join(server.models)}", "model", "model_not_found")
         model, tokenizer, template, _ = server.models[name]

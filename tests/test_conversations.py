@@ -272,6 +272,7 @@ CHILD = """
 import fcntl, signal, sys, termios, threading, time
 import finetune_sft
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
 threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 sys.exit(finetune_sft.main(["chat", *sys.argv[1:]]))
