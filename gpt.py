@@ -586,7 +586,8 @@ def read_checkpoint(path):
     """Return (tensors, config, tokenizer or None, info) from a file of `save_checkpoint`, verified by its hashes.
 
     Raises FileNotFoundError, or ValueError with what is wrong. Files of the first edition have `made` for `info`."""
-    require(not Path(path).is_dir(), f"{path} is a folder; name the file in it, or run gpt2_weights.py import")
+    require(not Path(path).is_dir(),
+            f"{path} is a folder; name the file in it (lora.py merge, gpt2_weights.py import)")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; make one with: python train.py")
     tensors, metadata = read_safetensors(path)

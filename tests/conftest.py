@@ -19,6 +19,8 @@ import gpt  # noqa: E402,F401  (filters torch's warning about numpy before torch
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # models here are so small that a second thread only costs
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that runs tests in the background; processes of
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests would inherit it, and never see a Ctrl-C
 
 
 def pytest_configure(config):

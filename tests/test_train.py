@@ -555,7 +555,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              (["--data", text, "--init", "theirs"], 1, "theirs is a folder; name the file in it"),
              (["--data", text, "--init", "."], 1, ". is a folder; name the file in it"),
              (["--data", text, "--init", "cls.safetensors"], 1, "is a classifier"),
-             (["--data", text, "--init", "adapter"], 1, "lora.py merge --adapter adapter"),
+             (["--data", text, "--init", "adapter"], 1, "adapter is a folder; name the file in it (lora.py merge"),
              (["--data", text, "--tokenizer", "cls.safetensors"], 1, "is a model, not a tokenizer"),
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
