@@ -14,6 +14,7 @@ token ids (uint32 above 65,536 entries), each with a .json beside it. Works alon
 
 import array
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -86,6 +87,12 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
+@functools.cache
+def note_once(message):
+    """Print a line that several passes over the same files would repeat."""
+    note(message)
+
+
 def require(condition, message):
     """Raise ValueError with this message unless the condition holds."""
     if not condition:
@@ -128,7 +135,8 @@ def download(url, path, sha256=""):
             with requests.get(url, stream=True, timeout=30, headers={"Accept-Encoding": "identity"}) as response:
                 if response.status_code in (408, 429) or response.status_code >= 500:
                     raise HTTPError(f"HTTP status {response.status_code}")
-                response.raise_for_status()
+                if response.status_code != 200:
+                    raise OSError(f"{url}: HTTP status {response.status_code}")
                 for answer in (*response.history, response):  # huggingface.co names it where it redirects
                     linked = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-Etag", ""))
                     sha256 = sha256 or (linked[1] if linked else "")
@@ -237,10 +245,14 @@ def files_of(source):
     """Return the text files of a source; in a folder those that are not hidden, in order of their paths."""
     root = locate(source, "corpus")
     if root.is_dir():
-        found = [path for path in root.rglob("*") if ending(path) in SUFFIXES and path.is_file()]
-        found = [path for path in found if "/." not in f"/{path.relative_to(root).as_posix()}"]
+        shown = [path for path in root.rglob("*") if "/." not in f"/{path.relative_to(root).as_posix()}"]
+        files = [path for path in shown if path.is_file()]
+        found = sorted((path for path in files if ending(path) in SUFFIXES), key=Path.as_posix)
         require(found, f"{root} holds no {', '.join(SUFFIXES)} file")
-        return sorted(found, key=Path.as_posix)
+        if len(found) < len(files):
+            others = len(files) - len(found)
+            note_once(f"{root}: {len(found):,} text files; {others:,} files of other kinds are not read")
+        return found
     require(root.is_file() and ending(root) not in (".csv", ".tsv", ".json"),
             f'{root} is no file of text; records go into a .jsonl file, a line {{"text": ...}} each')
     return [root]
@@ -280,7 +292,8 @@ def csv_rows(path):
     try:
         names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         require(len(names) > 1 or ";" not in "".join(names), f"{path}: put commas between its columns, not semicolons")
-        require(len(set(names)) == len(names), f"{path}: a column stands twice in the header: {', '.join(names)}")
+        named = list(filter(None, names))  # spreadsheets leave empty columns behind
+        require(len(set(named)) == len(named), f"{path}: a column stands twice in the header: {', '.join(names)}")
         for row in reader:
             fits = None not in row and None not in row.values()  # DictReader's marks of a row too long or too short
             require(fits, f"{path} line {reader.line_num}: expected {len(reader.fieldnames)} columns")
@@ -504,6 +517,9 @@ def prepare(source, tokenizer, separator=""):
     content = list(documents(source, separator)) if built_in else documents(source, separator)
     facts = survey(content) if built_in else facts
     require(facts["documents"], f"{source} is empty: it holds no text")
+    if facts["marks"]:
+        note(f"{source}: {EOT} stands {facts['marks']:,} times in its text, where it is characters like others; to "
+             f"divide documents by it give --separator '{EOT}'")
     found, several = {}, facts["documents"] > 1
     for part, group in itertools.groupby(divide(content, facts), key=lambda item: item[0]):
         found[part] = write_tokens(folder / f"{part}.bin", (document for _, document in group), tokenizer, several)
@@ -517,15 +533,15 @@ def prepare(source, tokenizer, separator=""):
 
 
 def survey(content):
-    """Return a dict of the number of documents, their characters and their sha256."""
-    digest, number, characters = hashlib.sha256(), 0, 0
+    """Return a dict: the number of documents, their characters, marks (EOT in their text) and sha256."""
+    digest, number, characters, marks = hashlib.sha256(), 0, 0, 0
     for number, document in enumerate(content, 1):
         start = characters
         for piece in document:
             digest.update(piece.encode())
-            characters += len(piece)
+            characters, marks = characters + len(piece), marks + piece.count(EOT)  # a mark never spans two pieces
         digest.update(f"\n{characters - start}\n".encode())  # so that no two lists of documents look alike
-    return {"documents": number, "characters": characters, "sha256": digest.hexdigest()}
+    return {"documents": number, "characters": characters, "marks": marks, "sha256": digest.hexdigest()}
 
 
 def divide(content, facts):

@@ -1,6 +1,6 @@
 """Instruction fine-tuning: a model that continues text learns to answer, and its answers are scored.
 
-    python finetune_sft.py                     the built-in questions on out/pretrain's model: 161 s on 2 cores
+    python finetune_sft.py                     the built-in questions on out/pretrain's model: 173 s on 2 cores
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond --prompt "What is the plural of fox?"
     python finetune_sft.py chat                talk to it; /help lists what else it takes

@@ -586,8 +586,10 @@ def read_checkpoint(path):
     """Return (tensors, config, tokenizer or None, info) from a file of `save_checkpoint`, verified by its hashes.
 
     Raises FileNotFoundError, or ValueError with what is wrong. Files of the first edition have `made` for `info`."""
-    require(not Path(path).is_dir(),
-            f"{path} is a folder; name the file in it (lora.py merge, gpt2_weights.py import)")
+    if Path(path).is_dir():
+        is_adapter = Path(path, "adapter_config.json").exists()
+        remedy = f"lora.py merge --adapter {path}" if is_adapter else f"gpt2_weights.py import --source {path}"
+        raise ValueError(f"{path} is a folder; name the file in it, or: python {remedy}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; make one with: python train.py")
     tensors, metadata = read_safetensors(path)
@@ -732,8 +734,9 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).item()  # fails on "meta"
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails on "meta"
+        return probe.device
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentError(None, f"--device {name} is not available here; use --device cpu") from None
 

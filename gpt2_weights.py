@@ -576,7 +576,8 @@ def export_command(args):
         print(f"note: its {tokenizer.type} tokenizer is left out, GPT-2 knows only byte pairs", file=sys.stderr)
         tokenizer = None
     export_gpt2(model, args.out, tokenizer, template)
-    print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}")
+    zeros = "" if model.config.qkv_bias else "; the model has no query/key/value bias, zeros are written"
+    print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}{zeros}")
 
 
 def check_command(args):

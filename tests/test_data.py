@@ -291,16 +291,19 @@ def test_a_separator_makes_documents_wherever_reading_pauses(stories, size, monk
     assert "".join(data.texts(path)).count("<|endoftext|>") == 13
 
 
-def test_token_files_of_stories_end_each_with_the_end_of_text(stories, gpt2_tokenizer):
-    """As tiktoken encodes each story by itself; without the separator it is plain characters."""
+def test_token_files_of_stories_end_each_with_the_end_of_text(stories, gpt2_tokenizer, capsys):
+    """As tiktoken encodes each story by itself; without the separator it is plain characters, and a note counts them."""
     import tiktoken
     path, items = stories
     folder = data.prepare(path, gpt2_tokenizer, "<|endoftext|>")
+    assert "stands" not in capsys.readouterr().err
     encode = tiktoken.get_encoding("gpt2").encode_ordinary
     for part, some in (("train", items[:10]), ("val", items[10:])):
         assert data.load_tokens(folder / f"{part}.bin").tolist() == [i for item in some for i in [*encode(item), 50256]]
         assert data.token_info(folder / f"{part}.bin")["documents"] == len(some)
     other = data.prepare(path, gpt2_tokenizer)
+    error = capsys.readouterr().err
+    assert "stories.txt: <|endoftext|> stands 13 times" in error and error.count("\n") == 1 and "--separator" in error
     assert other != folder and 50256 not in data.load_tokens(other / "train.bin").tolist()
 
 
@@ -368,8 +371,9 @@ def test_a_byte_order_mark_is_dropped_and_utf_16_refused(tmp_path):
             list(data.texts("a.txt"))
 
 
-def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
-    """Text files at any depth, in any letter case, compressed or not, .jsonl line by line, none hidden or of other kinds."""
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path, capsys):
+    """Text files at any depth, in any letter case, compressed or not, .jsonl line by line, no hidden ones; other kinds
+    are counted."""
     for name, text in {"b.txt": "B", "a/z.md": "Z", "a/c.py": "C", ".hidden.txt": "no", ".git/x.txt": "no",
                        "d.bin": "no", "c.jsonl": '{"text": "one"}\n\n{"text": "t\\u2028wo"}\n', "e.txt": "",
                        "f.TXT": "F", "G.JSONL": '{"text": "G"}', "pic.png": "no"}.items():
@@ -378,6 +382,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     (tmp_path / "in" / "h.txt.gz").write_bytes(gzip.compress(b"H"))
     (tmp_path / "in" / "I.Md.GZ").write_bytes(gzip.compress(b"I"))
     assert list(data.texts("in")) == ["G", "I", "C", "Z", "B", "one", "t\u2028wo", "F", "H"]
+    assert "9 text files; 2 files of other kinds are not read" in capsys.readouterr().err
     (tmp_path / "FOUR.JSONL").write_text('{"text": "four"}\n')
     assert list(data.texts("FOUR.JSONL")) == ["four"]
     (tmp_path / "S.CSV").write_text("label,text\nham,hi\n")
@@ -846,7 +851,7 @@ BAD_INPUTS = [
     ("messages", "a.csv", 'label,text\nham,"hi"x\nspam,you\n', "after line 1"),
     ("messages", "a.csv", "a,b\nham,hi", "line 2: 'label' is missing"),
     ("messages", "a.csv", "label;text\nham;hi, you\n", "commas between its columns, not semicolons"),
-    ("messages", "a.csv", "label,text,Text\nham,hi,you\n", "a column stands twice in the header: label, text, text"),
+    ("messages", "a.csv", "label,,text,Text\nham,,hi,you\n", "a column stands twice in the header: label, , text, text"),
     ("messages", "a.jsonl", '{"label": null, "text": "a"}', "'label' must be text"),
 ]
 

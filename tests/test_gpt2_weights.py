@@ -648,6 +648,7 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
     config = dataclasses.replace(TINY, vocab_size=260, qkv_bias=False)
     gpt.save_checkpoint(tmp_path / "m.safetensors", gpt.GPTModel(config), tokenizer)
     assert main(["export", "--source", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "hf")]) == 0
+    assert "zeros are written" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
         "config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json",
         "tokenizer_config.json"}

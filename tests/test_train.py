@@ -1,5 +1,6 @@
 """Optimizers, schedule, losses, runs: closed forms, published values, learning that must happen, exact resume."""
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -545,29 +546,46 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
     base = ["--data", text, *TINY, "--max_steps", "2"]
     cases = [(["--data", "none.txt", *TINY], 1, "none.txt"), (["--data", "empty.txt", *TINY], 1, "empty.txt"),
              (["--data", "short.txt", *TINY], 1, "tokens"), (["--data", "latin.txt", *TINY], 1, "latin.txt"),
-             ([*base, "--emb_dim", "17"], 1, "not divisible by n_heads 2"), ([*base, "--bach_size=3"], 2, "--batch"),
+             ([*base, "--emb_dim", "17"], 2, "not divisible by n_heads 2"), ([*base, "--bach_size=3"], 2, "--batch"),
              ([*base, "--learning_rate", "nan"], 2, "learning_rate"), ([*base, "--batch_size", "0"], 2, "at least 1"),
              ([*base, "--learning_rate", "-2"], 2, "at least 0"), ([*base, "--max_steps", "1e3"], 2, "max_steps"),
-             ([*base, "--max_steps", "0"], 2, "--epochs"),
+             ([*base, "--max_steps", "0"], 2, "--epochs"), ([*base, "--resume", "--fresh"], 2, "choose one"),
              ([*base, "--optimizer", "sgd"], 2, "invalid choice"), (["trian"], 2, "unknown command"),
              ([*base, "--init", "none.safetensors"], 2, "--emb_dim 16 does not go with --init none.safetensors"),
              (["--data", text, "--init", "none.safetensors"], 1, "none.safetensors does not exist"),
-             (["--data", text, "--init", "theirs"], 1, "theirs is a folder; name the file in it"),
+             (["--data", text, "--init", "theirs"], 1, "python gpt2_weights.py import --source theirs"),
              (["--data", text, "--init", "."], 1, ". is a folder; name the file in it"),
              (["--data", text, "--init", "cls.safetensors"], 1, "is a classifier"),
-             (["--data", text, "--init", "adapter"], 1, "adapter is a folder; name the file in it (lora.py merge"),
+             (["--data", text, "--init", "adapter"], 1, "lora.py merge --adapter adapter"),
              (["--data", text, "--tokenizer", "cls.safetensors"], 1, "is a model, not a tokenizer"),
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
+             ([*base, "--momentum", "0.5"], 2, "--momentum"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
              (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py"),
              (["evaluate", "--data", text], 1, "python train.py")]
     if not torch.cuda.is_available():
         cases.append(([*base, "--device", "cuda"], 2, "--device cpu"))
+    if not torch.cpu._is_avx512_bf16_supported():
+        cases.append(([*base, "--dtype", "bfloat16"], 2, "float32"))
     for argv, status, word in cases:
         check_error(capsys, argv, status, word)
     assert not Path("out/pretrain/model.safetensors").exists() and not Path("out/pretrain/state.pt").exists()
+    with pytest.raises(argparse.ArgumentError, match="--max_steps"):  # as the other stages call it
+        train.total_steps(train.Config(max_steps=0), 1)
     (tmp_path / "file").write_text("")
     check_error(capsys, [*base, "--out_dir", "file/run"], 1, "error: file/run", "Not a directory")
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_of(text, capsys):
+    """One line on stderr at 5 of 5 steps, none at 4 of 5."""
+    for warmup, lines in ((5, 1), (4, 0)):
+        pretrain("--max_steps", 5, "--warmup_steps", warmup, "--fresh")
+        assert capsys.readouterr().err.count("warning: --warmup_steps") == lines
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(text):
+    """With a rate of 0 no evaluation is better than the first: patience 2 stops after two more."""
+    assert pretrain("--max_steps", 50, "--eval_every", 5, "--learning_rate", 0, "--patience", 2)["steps"] == 10
 
 
 def test_a_disk_that_fills_within_a_save_is_one_line(text, capsys, monkeypatch):
