@@ -167,10 +167,10 @@ $(OUT)/stories/sample.txt: $(OUT)/stories/summary.json
 	$(PYTHON) gpt.py generate --checkpoint $(OUT)/stories/model.safetensors --prompt "Once upon a time" --num_samples 3 --max_new_tokens 200 > $@.tmp
 	mv $@.tmp $@ && cat $@
 
-test: $(VENV) ## the quick tests, offline: 5 min
+test: $(VENV) ## the quick tests, offline: 4 min
 	$(PYTHON) -m pytest -q -m "not slow and not peer and not gpu" $(ARGS)
 
-test-all: $(VENV) ## all tests that need no GPU and no other library: 12 min
+test-all: $(VENV) ## all tests that need no GPU and no other library: 10 min
 	$(PYTHON) -m pytest -q -m "not peer and not gpu" $(ARGS)
 
 test-peers: $(VENV) ## install requirements-peers.txt and compare with those packages: 5 min
