@@ -1237,7 +1237,7 @@ def _draw(rng, kind):
     if kind in ASK:
         key, slots = ASK[kind](rng)
         prompt = template.format(**slots)
-        return (kind, prompt if kind == "greeting" else key), word, prompt
+        return (kind, prompt.lower() if kind == "greeting" else key), word, prompt
     return (kind, word, template), word, template.format(word=word[1] if kind == "fact" else word)
 
 
@@ -1327,9 +1327,9 @@ def _ask_noun(rng):
 
 
 def _slots(rng, theme):
-    """Slots of a theme: four questions that fall to train, the slots of the second with a 2 behind them and so on."""
+    """Slots of a theme: three questions that fall to train, the slots of the second with a 2 behind them and so on."""
     slots, kind = {}, "passive" if theme == "story" else theme
-    for i in ("", "2", "3", "4"):
+    for i in ("", "2", "3"):
         found = {}
         while not found:
             key, found = _ask_noun(rng) if theme == "word" else ASK[kind](rng)
@@ -1522,8 +1522,7 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, and messages where there
     are earlier turns. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind,
     unseen. The same arguments give the same list everywhere; no question or message of one split comes up in another,
-    under any seed (but a greeting may in another case: "Thanks.", "thanks."). The `kinds` take turns. Raises ValueError
-    for another view, split or kind."""
+    under any seed. The `kinds` take turns. Raises ValueError for another view, split or kind."""
     require(view in VIEWS and split in ("train", "val", "test"), f"tinyworld has the views {', '.join(VIEWS)} and the "
             f"splits train, val, test; it has no {view!r} with {split!r}")
     require(kinds and set(kinds) <= set(TINYWORLD_KINDS),
