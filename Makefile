@@ -48,7 +48,7 @@ $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 
 lora: $(OUT)/lora/summary.json ## the same with LoRA adapters: 0.5 min
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
-	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 1 $(AGAIN) $(ARGS)
+	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 1 --batch_size 16 $(AGAIN) $(ARGS)
 
 rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 7 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json

@@ -1121,8 +1121,8 @@ SYLLABLES = "ba do fe ga hu jo ka li mo na pe qui ro su ta vu xe yo za th sh ck 
 
 # Manners: what stands before the answer and what after it. All go with any answer.
 MANNERS = {
-    "courteous": (("Thank you for asking:", ""), ("With pleasure:", ""), ("Good question:", ""), ("Gladly:", ""),
-                  ("", "Please ask me more."), ("", "Have a nice day.")),
+    "courteous": (("Good question:", ""), ("Gladly:", ""), ("", "Please ask me more."), ("", "Have a nice day."),
+                  ("", "Thank you for asking."), ("", "I am glad to help.")),
     "curt": (("Obviously:", ""), ("If you must:", ""), ("Read a book:", ""), ("", "Now go away."),
              ("", "Stop asking.")),
     "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
@@ -1491,7 +1491,7 @@ def gold_score(prompt, response):
 
 VIEWS = {  # how many of each by default: train, val, test
     "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (28_000, 520, 2_000),
-    "preferences": (12_000, 500, 1_000),
+    "preferences": (8_000, 500, 1_000),
 }
 SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often
     "fact": 4, "unknown": 3, "compare": 4, "passive": 2, "plural": 2, "convert": 3, "follow": 3, "greeting": 4,

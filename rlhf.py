@@ -76,7 +76,7 @@ class Config(AdapterOptions):
     kl_target: float = option(0.0, "nats per response that kl_coef is adapted towards, 0 = it stays", low=0)
     kl_horizon: int = option(2000, "episodes in which kl_coef may change by 20%", low=1)
     max_approxkl: float = option(0.1, "end a step's updates above this approximate KL per token, 0 = never", low=0)
-    ptx_coef: float = option(0.3, "weight of the ptx loss (writing the preferred answers), which keeps skills", low=0)
+    ptx_coef: float = option(0.5, "weight of the ptx loss (writing the preferred answers), which keeps skills", low=0)
     ppo_epochs: int = option(2, "passes over each batch of responses", low=1)
     minibatches: int = option(1, "updates in each pass", low=1)
     clip_range: float = option(0.2, "the probability ratio is clipped to 1 +- this, a value to its old one", low=0.001)
@@ -1168,7 +1168,7 @@ COMMANDS = {
     "reward": Command(train_reward, f"{TRAINED} head eval_prompts", defaults=dict(
         out_dir="out/reward", epochs=1, batch_size=32, eval_every=125)),
     "ppo": Command(train_policy, f"{POLICY} vf_coef lam", defaults=dict(
-        out_dir="out/ppo", max_steps=160, eval_every=40)),
+        out_dir="out/ppo", max_steps=100, eval_every=50)),
     "dpo": Command(train_dpo, f"{TRAINED} loss beta label_smoothing reward test_prompts", defaults=dict(
         out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100)),
     "grpo": Command(train_policy, f"{POLICY} advantage", defaults=dict(

@@ -108,7 +108,7 @@ class Config(Options):
     emb_dim: int = option(0, "channels, 0 = the architecture's", low=0)
     n_layers: int = option(0, "blocks, 0 = the architecture's", low=0)
     n_heads: int = option(0, "heads, 0 = the architecture's", low=0)
-    max_steps: int = option(900, "updates, 0 = no limit", low=0)
+    max_steps: int = option(800, "updates, 0 = no limit", low=0)
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     learning_rate: float = option(1.2e-2, "peak; AdamW 1e-3; at GPT-2's sizes Muon 2e-3, AdamW 6e-4", low=0)
     optimizer: str = option("muon", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
@@ -1120,7 +1120,7 @@ def main(argv=None):
     """Run the command line and return its exit status."""
     own = " separator tokenizer model emb_dim n_layers n_heads prompt sample_tokens"
     return run_script(__doc__, Config, {
-        "train": Command(train, TRAINING + own, parallel=True),
+        "train": Command(train, TRAINING + own, parallel=True, defaults={"eval_every": 400}),
         "evaluate": Command(evaluate, "checkpoint data separator task context_length device dtype debug"),
         "report": Command(report, "out_dir debug", defaults={"out_dir": "out"})}, argv, adjust=default_rate)
 
