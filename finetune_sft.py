@@ -315,31 +315,29 @@ def open_judge(judge, model="llama3", context=8192):
 
 
 def ask_judge(judge, prompt, timeout=300.0):
-    """Return the reply of a judge from `open_judge` to a prompt, "" where it is no text or was cut.
-
+    """Return the reply of a judge from `open_judge` to a prompt: "" where it is no text or was cut, an error as sent.
     Busy servers are asked again, options that a refusal names are dropped. Raises OSError, without the key."""
     import requests  # here, because it costs every start 0.1 s
 
     body = {**judge["body"], "messages": [{"role": "user", "content": prompt}]}
     for pause in (*PAUSES, None):
-        end = time.monotonic() + timeout
+        content, end = b"", time.monotonic() + timeout
         try:
             with requests.post(judge["address"], json={**body, **judge["options"]}, timeout=timeout, stream=True,
                                **judge["request"]) as response:
-                in_time = itertools.takewhile(lambda _: time.monotonic() < end, response.iter_content(1))
-                content = b"".join(itertools.islice(in_time, LARGEST)).decode(errors="replace")
+                while time.monotonic() < end and (piece := response.raw.read1(LARGEST - len(content), True)):
+                    content += piece  # what has arrived by now; read() would wait for all of it
             if time.monotonic() >= end:
                 raise requests.Timeout
-        except OSError as error:
+        except (OSError, requests.exceptions.BaseHTTPError) as error:
             raise OSError(f"no reply from the judge at {judge['address']} ({type(error).__name__}; the limit is "
                           f"{timeout:g} s); check --judge and the network; for Ollama: ollama serve") from None
-        status = response.status_code
+        content, status = content.decode(errors="replace"), response.status_code
         named = [name for name in judge["options"] if name in content and status in (400, 422)]
         busy = status in (408, 429) or status >= 500
         if pause is None or not (named or busy):
             break
-        for name in named:
-            del judge["options"][name]
+        judge["options"] = {name: value for name, value in judge["options"].items() if name not in named}
         time.sleep(pause if busy else 0)
     content = content.replace(judge["key"] or "\0", "***")
     if status != 200:
@@ -352,7 +350,7 @@ def ask_judge(judge, prompt, timeout=300.0):
         if isinstance(text, list):  # of parts, as Mistral answers
             text = "".join(part["text"] for part in text if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
+        return content if '"error"' in content else ""
     return text if isinstance(text, str) and stopped != "length" else ""
 
 
@@ -362,7 +360,7 @@ def read_reply(judge, prompt, pattern):
         reply = ask_judge(judge, prompt + reminder)
         if found := pattern.fullmatch(reply.rpartition("</think>")[2].strip()):
             return found[1].lower()
-    print(f"a reply of the judge cannot be read: {reply[:80]!r}", file=sys.stderr)
+    print(f"a reply of the judge cannot be read: {reply[:200]!r}", file=sys.stderr)
     return None
 
 
