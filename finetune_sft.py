@@ -398,12 +398,14 @@ def judged_mean(values, high):
 PATIENCE = 10.0  # seconds for a client to send its request, and to take each piece of the answer
 WAITING = 8  # requests that may wait while another is answered
 LARGEST = 1 << 20  # bytes of a request's body, and of a judge's reply
-FIELDS = {  # of a request: types, limits (of a text's or list's length), default; other fields are ignored
+FIELDS = {  # of a request: types, limits (of a text's or list's length), default; up to 0 = refused; others are ignored
     "model": ((str,), 0, 999, ""), "messages": ((list,), 1, 999, []), "stream": ((bool,), 0, 1, False),
     "temperature": ((float, int), 0, 2, 0), "top_p": ((float, int), 1e-6, 1, None), "top_k": ((int,), 1, 1 << 31, None),
     "max_tokens": ((int,), 1, 1 << 31, 1 << 31), "max_completion_tokens": ((int,), 1, 1 << 31, None),
     "n": ((int,), 1, 16, 1), "seed": ((int,), -(1 << 63), (1 << 63) - 1, None), "stop": ((list, str), 1, 999, []),
-    "logprobs": ((bool,), 0, 1, False), "top_logprobs": ((int,), 0, 20, 0), "continue_ids": ((list,), 0, 1 << 17, [])}
+    "logprobs": ((bool,), 0, 1, False), "top_logprobs": ((int,), 0, 20, 0), "continue_ids": ((list,), 0, 1 << 17, []),
+    "frequency_penalty": ((float, int), 0, 0, 0), "functions": ((list,), 0, 0, []), "logit_bias": ((dict,), 0, 0, {}),
+    "presence_penalty": ((float, int), 0, 0, 0), "tools": ((list,), 0, 0, []), "response_format": ((dict,), 0, 1, {})}
 
 
 class Refused(ValueError):
@@ -423,6 +425,8 @@ def read_fields(body):
     fields["stop"] = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
     if not all(isinstance(text, str) and text for text in fields["stop"]):
         raise Refused(400, "stop must be a text or a list of texts, none of them empty", "stop")
+    if fields["response_format"].get("type") not in (None, "text"):
+        raise Refused(400, "response_format must be of type text", "response_format")
     return fields
 
 
@@ -560,7 +564,10 @@ def open_server(config):
     for path in config.checkpoint.split(","):
         name = Path(path).parent.name if Path(path).stem == "model" else Path(path).stem
         models[name if name and name not in models else path] = load_model(config, path)
-    server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
+    try:
+        server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
+    except OSError as error:
+        raise OSError(f"--host {config.host} --port {config.port}: {error.strerror}; give another") from None
     server.host, server.models = config.host, models
     server.busy, server.places = threading.Lock(), threading.Semaphore(1 + WAITING)
     return server
