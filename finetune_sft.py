@@ -706,7 +706,7 @@ def read_questions():
 
 
 def say(model, tokenizer, template, messages, line, config, generator):
-    """Print a model's answer to a line behind earlier messages as it is drawn; return the messages with both."""
+    """Print a model's answer to a line behind earlier messages as it is drawn; return those that the next may see."""
     asked = [*messages, {"role": "user", "content": line.replace("\\n", "\n")}]
     limit, said = min(config.max_new_tokens, model.config.context_length // 2), ""
     ids, dropped = prompt_ids(asked, tokenizer, template, model.config.context_length - limit)
@@ -716,7 +716,8 @@ def say(model, tokenizer, template, messages, line, config, generator):
         print(text, end="", flush=True)
         said += text
     print()
-    return [*asked, {"role": "assistant", "content": said}]
+    system = [message for message in asked[:1] if message["role"] == "system"]
+    return [*system, *asked[len(system) + dropped :], {"role": "assistant", "content": said}]
 
 
 def respond_command(config):
