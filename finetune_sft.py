@@ -13,7 +13,6 @@ Every answer and the end of text behind it are targets, nothing else (--mask_pro
 conversations (see data.conversation); equal first questions stay on one side of the split of 85, 5 and 10%. Writes what
 train.py does, and the answers to the test set, responses.json and responses.before.json. A judge is an Ollama server or
 speaks OpenAI's chat API (a URL ending in /v1); its key is $JUDGE_API_KEY, for OpenAI itself also $OPENAI_API_KEY.
-
 Differs from Raschka 2024, chapter 7: prompts do not count in the loss, and batches hold examples of similar length.
 Sources: Taori et al. 2023 (Alpaca); Zheng et al. 2023, "Judging LLM-as-a-Judge", section 3.4 (both orders).
 """
@@ -56,7 +55,6 @@ MODELS = ("out/ppo/model.safetensors", "out/sft/model.safetensors",  # to talk t
 @dataclass
 class Config(AdapterOptions):
     """The options of instruction fine-tuning."""
-
     data: str = option("tinyworld", "tinyworld, instructions, alpaca, or a .json or .jsonl file")
     examples: int = option(0, "training examples, 0 = all of a file, 28,000 of tinyworld", low=0)
     template: str = option("", "empty = the checkpoint's, else plain (tinyworld) or alpaca", choices=("", *TEMPLATES))
@@ -74,12 +72,11 @@ class Config(AdapterOptions):
 
 
 def default_rate(word, config):
-    """Return the optimizer and peak rate of training: by --lora_rank, the size of --init, and --optimizer."""
-    large = is_large(config.init)
+    """Return {"learning_rate": peak rate of training}, by --lora_rank, the size of --init, and --optimizer."""
     if config.lora_rank:
-        return {"optimizer": "adamw", "learning_rate": 2e-4 if large else 5e-3}
-    if large:
-        return {"optimizer": "adamw", "learning_rate": 5e-5}
+        return {"learning_rate": 2e-4 if is_large(config.init) else 5e-3}
+    if is_large(config.init):
+        return {"learning_rate": 5e-5}
     return {"learning_rate": 8e-3 if config.optimizer == "muon" else 6e-4}
 
 
@@ -198,7 +195,6 @@ def answer(model, tokenizer, entries, template, max_new_tokens, batch_size=128, 
 
 def respond(model, tokenizer, prompts, template="plain", max_new_tokens=64, batch_size=128, temperature=0.0, seed=0):
     """Return a model's responses, one string for each prompt, which is text or an entry; temperature 0 is greedy.
-
     Example: respond(model, tokenizer, ["What is the plural of fox?"]) == ["foxes."]"""
     answers = answer(model, tokenizer, prompts, template, max_new_tokens, batch_size, temperature, seed)
     return [response for response, _ in answers]
@@ -206,9 +202,6 @@ def respond(model, tokenizer, prompts, template="plain", max_new_tokens=64, batc
 
 def stream_answer(model, tokenizer, prompt, limit, begun=(), stop=(), **sampling):
     """Yield (text, ids, None) as an answer is drawn, then ("", [], "stop" or "length"); `begun` are its first ids."""
-    said, told, limit = [], 0, min(limit, model.config.context_length - len(prompt) - len(begun))
-    steps = gpt.generate_steps(model, torch.tensor([[*prompt, *begun]], device=model.device), limit, **sampling)
-
     def drawn():
         for i in itertools.chain(begun, map(int, steps)):
             said.append(i)
@@ -216,6 +209,8 @@ def stream_answer(model, tokenizer, prompt, limit, begun=(), stop=(), **sampling
                 return
             yield i
 
+    said, told, limit = [], 0, min(limit, model.config.context_length - len(prompt) - len(begun))
+    steps = gpt.generate_steps(model, torch.tensor([[*prompt, *begun]], device=model.device), limit, **sampling)
     decode = lambda ids: tokenizer.decode(ids).lstrip()  # noqa: E731
     for text in gpt.stream_text(decode, drawn(), stop):
         yield text, said[told:], None
@@ -262,8 +257,7 @@ def score_model(name, model, tokenizer, entries, template, config):
     return rows, figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The judge: a larger language model that grades answers, asked over HTTP
+# The judge: a larger language model that grades answers, asked over HTTP ----------------------------------------------
 
 JUDGED = 200  # answers of each model that a judge grades
 PAUSES = (2.0, 10.0, 30.0)  # seconds before the second, third and fourth try
@@ -315,31 +309,28 @@ def open_judge(judge, model="llama3", context=8192):
 
 
 def ask_judge(judge, prompt, timeout=300.0):
-    """Return the reply of a judge from `open_judge` to a prompt, "" where it is no text or was cut.
-
+    """Return the reply of a judge from `open_judge` to a prompt: "" where it is no text or was cut, an error as sent.
     Busy servers are asked again, options that a refusal names are dropped. Raises OSError, without the key."""
     import requests  # here, because it costs every start 0.1 s
-
     body = {**judge["body"], "messages": [{"role": "user", "content": prompt}]}
     for pause in (*PAUSES, None):
-        end = time.monotonic() + timeout
+        content, end = b"", time.monotonic() + timeout
         try:
             with requests.post(judge["address"], json={**body, **judge["options"]}, timeout=timeout, stream=True,
                                **judge["request"]) as response:
-                in_time = itertools.takewhile(lambda _: time.monotonic() < end, response.iter_content(1))
-                content = b"".join(itertools.islice(in_time, LARGEST)).decode(errors="replace")
+                while time.monotonic() < end and (piece := response.raw.read1(LARGEST - len(content), True)):
+                    content += piece  # what has arrived by now; read() would wait for all of it
             if time.monotonic() >= end:
                 raise requests.Timeout
-        except OSError as error:
+        except (OSError, requests.exceptions.BaseHTTPError) as error:
             raise OSError(f"no reply from the judge at {judge['address']} ({type(error).__name__}; the limit is "
                           f"{timeout:g} s); check --judge and the network; for Ollama: ollama serve") from None
-        status = response.status_code
+        content, status = content.decode(errors="replace"), response.status_code
         named = [name for name in judge["options"] if name in content and status in (400, 422)]
         busy = status in (408, 429) or status >= 500
         if pause is None or not (named or busy):
             break
-        for name in named:
-            del judge["options"][name]
+        judge["options"] = {name: value for name, value in judge["options"].items() if name not in named}
         time.sleep(pause if busy else 0)
     content = content.replace(judge["key"] or "\0", "***")
     if status != 200:
@@ -352,7 +343,7 @@ def ask_judge(judge, prompt, timeout=300.0):
         if isinstance(text, list):  # of parts, as Mistral answers
             text = "".join(part["text"] for part in text if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
+        return content if '"error"' in content else ""
     return text if isinstance(text, str) and stopped != "length" else ""
 
 
@@ -362,7 +353,7 @@ def read_reply(judge, prompt, pattern):
         reply = ask_judge(judge, prompt + reminder)
         if found := pattern.fullmatch(reply.rpartition("</think>")[2].strip()):
             return found[1].lower()
-    print(f"a reply of the judge cannot be read: {reply[:80]!r}", file=sys.stderr)
+    print(f"a reply of the judge cannot be read: {reply[:200]!r}", file=sys.stderr)
     return None
 
 
@@ -392,20 +383,20 @@ def judged_mean(values, high):
     return {"mean": mean, "interval": interval, "missing": missing, "bounds": bounds}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The server: OpenAI's chat API over HTTP, and the page that talks to it
-# Our own fields: `top_k` and `continue_ids`, the ids that an answer begins with, in a request; `dropped_messages`,
-# `token_ids` in every choice and `id` in every token's `logprobs` in a reply.
+# The server: OpenAI's chat API over HTTP, and the page that talks to it -----------------------------------------------
+# Our own fields: `top_k`, `continue_ids` (an answer begins with them); `dropped_messages`, `token_ids`, a token's `id`.
 
 PATIENCE = 10.0  # seconds for a client to send its request, and to take each piece of the answer
 WAITING = 8  # requests that may wait while another is answered
 LARGEST = 1 << 20  # bytes of a request's body, and of a judge's reply
-FIELDS = {  # of a request: types, limits (of a text's or list's length), default; other fields are ignored
+FIELDS = {  # of a request: types, limits (of a text's or list's length), default; up to 0 = refused; others are ignored
     "model": ((str,), 0, 999, ""), "messages": ((list,), 1, 999, []), "stream": ((bool,), 0, 1, False),
     "temperature": ((float, int), 0, 2, 0), "top_p": ((float, int), 1e-6, 1, None), "top_k": ((int,), 1, 1 << 31, None),
     "max_tokens": ((int,), 1, 1 << 31, 1 << 31), "max_completion_tokens": ((int,), 1, 1 << 31, None),
     "n": ((int,), 1, 16, 1), "seed": ((int,), -(1 << 63), (1 << 63) - 1, None), "stop": ((list, str), 1, 999, []),
-    "logprobs": ((bool,), 0, 1, False), "top_logprobs": ((int,), 0, 20, 0), "continue_ids": ((list,), 0, 1 << 17, [])}
+    "logprobs": ((bool,), 0, 1, False), "top_logprobs": ((int,), 0, 20, 0), "continue_ids": ((list,), 0, 1 << 17, []),
+    "frequency_penalty": ((float, int), 0, 0, 0), "functions": ((list,), 0, 0, []), "logit_bias": ((dict,), 0, 0, {}),
+    "presence_penalty": ((float, int), 0, 0, 0), "tools": ((list,), 0, 0, []), "response_format": ((dict,), 0, 1, {})}
 
 
 class Refused(ValueError):
@@ -425,6 +416,8 @@ def read_fields(body):
     fields["stop"] = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
     if not all(isinstance(text, str) and text for text in fields["stop"]):
         raise Refused(400, "stop must be a text or a list of texts, none of them empty", "stop")
+    if fields["response_format"].get("type") not in (None, "text"):
+        raise Refused(400, "response_format must be of type text", "response_format")
     return fields
 
 
@@ -476,7 +469,6 @@ def send_answer(handler, reply, fields, model, tokenizer, prompt):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers one request and closes the connection; `server` is that of `open_server`."""
-
     timeout, disable_nagle_algorithm, default_request_version = PATIENCE, True, "HTTP/1.0"
 
     def handle(self):
@@ -562,7 +554,10 @@ def open_server(config):
     for path in config.checkpoint.split(","):
         name = Path(path).parent.name if Path(path).stem == "model" else Path(path).stem
         models[name if name and name not in models else path] = load_model(config, path)
-    server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
+    try:
+        server = http.server.ThreadingHTTPServer((config.host, config.port), Handler)
+    except OSError as error:
+        raise OSError(f"--host {config.host} --port {config.port}: {error.strerror}; give another") from None
     server.host, server.models = config.host, models
     server.busy, server.places = threading.Lock(), threading.Semaphore(1 + WAITING)
     return server
@@ -580,8 +575,7 @@ def serve(config):
     print("\nstopped")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, chat, evaluation
+# Training, chat, evaluation -------------------------------------------------------------------------------------------
 
 
 def evaluate_and_save(folder, model, tokenizer, info, val, progress, config):
@@ -701,7 +695,7 @@ def read_questions():
 
 
 def say(model, tokenizer, template, messages, line, config, generator):
-    """Print a model's answer to a line behind earlier messages as it is drawn; return the messages with both."""
+    """Print a model's answer to a line behind earlier messages as it is drawn; return those that the next may see."""
     asked = [*messages, {"role": "user", "content": line.replace("\\n", "\n")}]
     limit, said = min(config.max_new_tokens, model.config.context_length // 2), ""
     ids, dropped = prompt_ids(asked, tokenizer, template, model.config.context_length - limit)
@@ -711,7 +705,8 @@ def say(model, tokenizer, template, messages, line, config, generator):
         print(text, end="", flush=True)
         said += text
     print()
-    return [*asked, {"role": "assistant", "content": said}]
+    system = [message for message in asked[:1] if message["role"] == "system"]
+    return [*system, *asked[len(system) + dropped :], {"role": "assistant", "content": said}]
 
 
 def respond_command(config):
@@ -784,11 +779,10 @@ def evaluate(config):
         model, tokenizer, _, _ = load_model(config, against)
         rows[against] = score_model(against, model, tokenizer, entries, template, config)[0]
     for name, part in rows.items() if judge else ():
-        asked = part[:JUDGED]
-        grades = [judge_score(judge, row["prompt"], row["reference"], row["response"]) for row in asked]
+        grades = [judge_score(judge, row["prompt"], row["reference"], row["response"]) for row in part[:JUDGED]]
         result = judged_mean(grades, 100)
         print("judge's grade of {}: {mean:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]; {missing} of {} replies are "
-              "missing: {bounds[0]:.1f} to {bounds[1]:.1f} whatever they were".format(name, len(asked), **result))
+              "missing: {bounds[0]:.1f} to {bounds[1]:.1f} whatever they were".format(name, len(grades), **result))
 
 
 def main(argv=None):
@@ -796,8 +790,7 @@ def main(argv=None):
     tuning = " lora_rank lora_alpha lora_dropout lora_targets examples template mask_prompt max_new_tokens"
     answers = "checkpoint template max_new_tokens temperature seed device debug"
     defaults = {"init": "out/pretrain/model.safetensors", "out_dir": "out/sft", "epochs": 1, "batch_size": 32,
-                "warmup_steps": 50, "schedule": "linear", "final_rate": 0.0, "optimizer": "adamw",
-                "learning_rate": 6e-4, "eval_every": 500}
+                "warmup_steps": 50, "schedule": "linear", "final_rate": 0.0, "optimizer": "adamw", "eval_every": 500}
     return run_script(__doc__, Config, {
         "train": Command(train, TRAINING + tuning, parallel=True, defaults=defaults),
         "respond": Command(respond_command, answers + " prompt"),

@@ -30,7 +30,10 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # numpy is not used
 
-import torch
+try:
+    import torch
+except KeyboardInterrupt:  # it takes seconds, in which a script may be stopped
+    sys.exit(130)
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -46,7 +49,6 @@ def require(condition, message):
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model. The defaults are GPT-2 small, untied and without qkv bias: 163,009,536 parameters."""
-
     vocab_size: int = 50257  # V, the number of different tokens
     context_length: int = 1024  # tokens the model can see at once
     emb_dim: int = 768  # C, channels
@@ -79,7 +81,6 @@ GPT_CONFIGS = {
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalization with a learned scale and shift (Ba et al. 2016): (..., C) -> (..., C)."""
-
     def by_steps(self, x):
         """Return the same as `forward`; the variance is the biased one (divided by C), as in GPT-2."""
         mean = x.mean(dim=-1, keepdim=True)
@@ -89,12 +90,10 @@ class LayerNorm(nn.LayerNorm):
 
 class GELU(nn.GELU):
     """The GELU activation (Hendrycks and Gimpel 2016) in GPT-2's tanh form, or the exact one, up to 5e-4 away."""
-
     def __init__(self, exact=False):
         super().__init__("none" if exact else "tanh")
 
     def by_steps(self, x):
-        """Return the same as `forward`."""
         if self.approximate == "none":
             return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -102,7 +101,6 @@ class GELU(nn.GELU):
 
 class FeedForward(nn.Module):
     """Two linear layers around a GELU, four times wider inside: (B, T, C) -> (B, T, C)."""
-
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.emb_dim, 4 * config.emb_dim)
@@ -115,7 +113,6 @@ class FeedForward(nn.Module):
 
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with H heads (Vaswani et al. 2017, equation 1, section 3.2.2): (B, T, C) -> (B, T, C)."""
-
     def __init__(self, config):
         super().__init__()
         self.n_heads, self.drop_rate = config.n_heads, config.drop_rate
@@ -151,7 +148,6 @@ class MultiHeadAttention(nn.Module):
 
 class TransformerBlock(nn.Module):
     """A pre-norm block, attention then feed-forward, each added to its input: (B, T, C) -> (B, T, C)."""
-
     def __init__(self, config):
         super().__init__()
         self.ln1 = LayerNorm(config.emb_dim)
@@ -167,7 +163,6 @@ class TransformerBlock(nn.Module):
 
 class KVCache:
     """The keys and values of the positions seen so far, in memory allocated once; `length` positions are filled."""
-
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
         shape = (config.n_layers, 2, batch_size, config.n_heads, max_length, config.emb_dim // config.n_heads)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
@@ -183,7 +178,6 @@ class KVCache:
 
 class GPTModel(nn.Module):
     """GPT-2: token ids (B, T) -> logits (B, T, V); entry t scores the token after position t."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -204,7 +198,6 @@ class GPTModel(nn.Module):
 
     @property
     def device(self):
-        """The device that the weights are on."""
         return self.tok_emb.weight.device
 
     def embed(self, ids, positions):
@@ -213,7 +206,6 @@ class GPTModel(nn.Module):
 
     def hidden(self, ids, mask=None, cache=None):
         """Return the last layer's normalized states (B, T, C), which the head turns into logits.
-
         `mask` (B, T) is 1 for a token, 0 for padding. With a cache, `ids` are the new tokens alone, and `mask` covers
         the earlier ones too. Raises ValueError for a text longer than the context."""
         T, past = ids.shape[1], 0 if cache is None else cache.length
@@ -239,7 +231,6 @@ class GPTModel(nn.Module):
 
 class _NoInit(torch.overrides.TorchFunctionMode):
     """Skips the drawing of initial weights, which on the meta device would import 70 MB of torch._dynamo."""
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         drawing = func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
         return kwargs["tensor"] if drawing else func(*args, **(kwargs or {}))
@@ -261,7 +252,6 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 
 # Generation -----------------------------------------------------------------------------------------------------------
-
 
 def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens=0, num_samples=1):
     """Raise ValueError for an option outside its range."""
@@ -349,7 +339,6 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
         model.train(was_training)
 
 
-@torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
              eos_id=None, mask=None, stop=None, generator=None, num_samples=1):
     """Return the prompts followed by up to `max_new_tokens` tokens: ids (B, T) -> (B * num_samples, T + n).
@@ -365,7 +354,6 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 def stream_text(decode, new_ids, stop_strings=()):
     """Yield the text of token ids piece by piece as they come, never half a character and nothing of a stop string.
-
     A token can end inside a character, which decodes to U+FFFD until its other bytes arrive."""
     ids, sent, text = [], 0, ""
     starts = [string[:n] for string in stop_strings for n in range(1, len(string))]
@@ -390,7 +378,6 @@ class Int8Linear(nn.Module):
     A row of the weight is rounded to multiples of its largest entry / 127. A row of the input is rounded twice, to
     multiples of its largest / 63 (two products must fit into 16 bits) and the rest to a 126th of that: rounded once,
     one large value, as GPT-2's have, would drown the others."""
-
     def __init__(self, linear):
         super().__init__()
         weight, self.bias = linear.weight.detach(), linear.bias
@@ -520,7 +507,6 @@ def _unique(pairs):
 
 def read_safetensors(path):
     """Return ({name: tensor}, metadata) of a safetensors file, the tensors mapped from disk, not read.
-
     Writing to them never changes the file. ValueError gives the path and the rule that a malformed file breaks."""
     size, tensors, offset = os.path.getsize(path), {}, 0
     try:
@@ -561,7 +547,6 @@ def distinct_tensors(model):
 
 def save_checkpoint(path, model, tokenizer=None, **info):
     """Return the sha256 of the data after writing model, config and tokenizer to one safetensors file.
-
     `info` (JSON values) says how it was trained. ValueError for adapters that are not merged and for int8 weights."""
     model, info = getattr(model, "_orig_mod", model), {"kind": "gpt", **info}
     tensors = distinct_tensors(model)
@@ -584,7 +569,6 @@ def _load_tokenizer(source):
 
 def read_checkpoint(path):
     """Return (tensors, config, tokenizer or None, info) from a file of `save_checkpoint`, verified by its hashes.
-
     Raises FileNotFoundError, or ValueError with what is wrong. Files of the first edition have `made` for `info`."""
     if Path(path).is_dir():
         is_adapter = Path(path, "adapter_config.json").exists()
@@ -615,7 +599,9 @@ def copy_weights(model, tensors, path):
     """Return `model` with named tensors copied in (a tied head may be missing), or ValueError and nothing copied."""
     wanted = distinct_tensors(model)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(model.state_dict()))
-    require(not missing and not extra, f"{path}: missing tensors {missing[:3]}, unknown tensors {extra[:3]}")
+    wrapped = any(name.startswith(("_orig_mod.", "module.")) for name in extra)
+    cause = "; they were saved from a wrapper: save its ._orig_mod or .module" if wrapped else ""
+    require(not missing and not extra, f"{path}: missing tensors {missing[:3]}, unknown tensors {extra[:3]}{cause}")
     for name, target in wanted.items():
         tensor, shape = tensors[name], tuple(target.shape)
         require(tensor.shape == shape, f"{path}: {name!r} has the shape {tuple(tensor.shape)}, the model {shape}")
@@ -650,10 +636,8 @@ def load_language_model(name_or_path, device="cpu"):
 
 # Command line ---------------------------------------------------------------------------------------------------------
 
-
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, exit status 2, and name the nearest flag."""
-
     def error(self, message):
         flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
         near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7) if "unrecognized" in message else []

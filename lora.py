@@ -67,9 +67,7 @@ def check_options(rank, alpha, dropout, layers):
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer and its trained low-rank update: (..., in) -> (..., out).
-
     Weight and bias are those of `linear`, tied ones stay tied; lora_A (r, in), lora_B (out, r) are float32 at least."""
-
     def __init__(self, linear, rank=8, alpha=32.0, dropout=0.0, rslora=False):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features

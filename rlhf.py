@@ -1043,7 +1043,7 @@ def print_table(found):
 
 
 def evaluate(config):
-    """Print and write one table of the start and each policy on held-out prompts, and return its rows."""
+    """Print, write and return one table of the start and each policy on held-out prompts in the template of --init."""
     if config.judge:
         from finetune_sft import judge_preference, judged_mean, open_judge
         ask = open_judge(config.judge, config.judge_model)

@@ -61,13 +61,15 @@ def test_every_form_gives_the_same_messages(tmp_path, capsys):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     share = [{"from": names[message["role"]], "value": message["content"]} for message in two]
     records = [{"messages": two, "kind": "rude"}, {"conversations": share}, {"prompt": "Hi", "completion": "Yo"},
-               {"instruction": "Hi", "input": None, "output": "Yo", "kind": 3}, {"messages": one}]
+               {"instruction": "Hi", "input": None, "output": "Yo", "kind": 3},
+               {"messages": one, "kind": ["a"], "unseen": True}]
     (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     for name in ("a.json", "a.jsonl"):
         found = data.read_conversations(tmp_path / name)
         assert [entry["messages"] for entry in found] == [two, two, one, one, one]
         assert [entry.get("kind") for entry in found] == ["rude", None, None, None, None]
+        assert set(found[4]) == {"messages"}  # its own `kind` and `unseen` mean something else
     parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "rude."}]}]
     assert data.conversation({"messages": parts + two[1:]}) == two  # as OpenAI's clients may send it
     assert data.main(["show", str(tmp_path / "a.json"), "--view", "instructions"]) == 0
@@ -233,6 +235,27 @@ def test_a_piped_chat_remembers_and_obeys_and_respond_forgets(tmp_path, monkeypa
         "(none does not ex", *["(temperature must"] * 2, "(could not conver", "(unknown command ", "(the question has"]
 
 
+@pytest.mark.parametrize("template, system", [("plain", "Be"), ("plain", None), ("alpaca", None)])
+def test_a_long_chat_sees_what_the_whole_conversation_would_show(monkeypatch, template, system):
+    """At each of 60 turns the prompt is that of all messages so far, though the forgotten ones are not encoded."""
+    model, prompts, encoded = letters_model(context_length=200), [], []
+    everything, kept = talk(system=system), talk(system=system)
+    real, format_messages = sft.stream_answer, sft.format_messages
+    monkeypatch.setattr(sft, "stream_answer", lambda model, tokenizer, prompt, *args, **more:
+                        prompts.append(prompt) or [("Yo.", [], None)])
+    monkeypatch.setattr(sft, "format_messages", lambda messages, template:
+                        encoded.append(len(messages)) or format_messages(messages, template))
+    config = sft.Config(max_new_tokens=4)
+    for turn in range(60):
+        question = f"{turn}" * (1 + turn * 7 % 10)
+        everything += talk(question)
+        expected = sft.prompt_ids(everything, LETTERS, template, 196)[0]
+        encoded.clear()
+        kept = sft.say(model, LETTERS, template, kept, question, config, None)
+        assert prompts[-1] == expected and encoded[0] < 50
+        everything.append({"role": "assistant", "content": "Yo."})
+
+
 def test_a_model_that_cannot_be_had_leaves_the_conversation(tmp_path, monkeypatch, capsys):
     """A path below a file, and a download without a network, are one line each; the next answer knows the first."""
     def offline(config, made_by):
@@ -321,12 +344,14 @@ def test_a_terminal_streams_and_ctrl_c_stops_the_answer_alone(tmp_path):
 
 
 def test_a_full_context_says_what_goes_and_ctrl_c_at_the_prompt_ends(tmp_path):
-    """Once the context of 64 is full early turns go in pairs, which each turn says, and /new does not; status 130."""
+    """Once the context of 64 is full early turns go in pairs, which each turn says, and /new does not; status 130.
+
+    What has gone is not kept, so that a long chat takes no more time and memory at each turn."""
     letters_model(tmp_path / "a", seed=4)
     child, ask = terminal(tmp_path / "a", "--max_new_tokens", "6")
     ask("/system SSSS\n")
     said = [re.findall(r"no room for the (\d) oldest", ask(f"{number}2345678\n")) for number in range(5)]
-    assert said[:2] == [[], []] and said[3:] == [["2"], ["4"]]
+    assert said[:2] == [[], []] and said[3:] == [["2"], ["2"]]
     ask("/new\n")
     assert "no room" not in ask("92345678\n")
     ask("\x03", "")

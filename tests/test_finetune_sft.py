@@ -1,5 +1,6 @@
 """Instruction fine-tuning: masks, batches, answers, scores and judge, each against something computed separately."""
 
+import gzip
 import http.server
 import io
 import json
@@ -425,7 +426,7 @@ def says(monkeypatch):
 def test_grades_and_choices_are_read_strictly(says):
     """A whole number from 0 to 100; A, B or tie; nothing else behind the last </think>, else it is missing."""
     grades = {"85": "85", " 0\n": "0", "100": "100", "Score: 7": "7", "<think>50? no</think>\n90": "90",
-              "<think>a</think> 20 <think>b</think>30": "30"}
+              "<think>a</think> 20 <think>b</think>30": "30", "hm\n</think>\n\n85": "85"}
     for reply in ("7 or 8", "NaN", "-5", "101", "", "100. Ignore the rubric", "9.5", "85/100", "\uff19", "<think>50",
                   "I would say 80", "85 <think>sure?</think>"):
         grades[reply] = None
@@ -448,7 +449,7 @@ def test_both_kinds_of_server_are_asked_in_their_own_words(server):
 
 
 GARBAGE = [b"", b"<html>login</html>", b"[]", b"{}", b"null", b'{"choices": []}', b'{"message": {"content": null}}',
-           b'{"choices": [{"message": {"content": null}}]}', b'{"error": "busy"}', b'{"message": 5}', b"\xff\xfe",
+           b'{"choices": [{"message": {"content": null}}]}', b'{"message": 5}', b"\xff\xfe",
            b"[" * 99999, ollama("50", done_reason="length"), openai("50", finish_reason="length"), ollama(["50"]),
            ollama({"a": 1})]
 
@@ -459,6 +460,16 @@ def test_a_reply_that_makes_no_sense_is_missing(server, suffix):
     for content in GARBAGE:
         server.script = lambda path, body, n: (200, {}, content)
         assert ask(server.url + suffix, "Grade this.") == ""
+
+
+@pytest.mark.parametrize("suffix", ["", "/v1"])
+def test_an_error_sent_as_a_success_is_shown(server, suffix, capsys, monkeypatch):
+    """Some gateways answer 200 with {"error": ...}: the one line holds its words, but never the key."""
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-9")
+    server.script = lambda path, body, n: (200, {}, b'{"error": {"code": 85, "message": "no credit left for secret-9"}}')
+    assert sft.judge_score(sft.open_judge(server.url + suffix, "m"), "Do it.", "right", "fine") is None
+    error = capsys.readouterr().err
+    assert "no credit left" in error and "secret" not in error and error.count("\n") == 1
 
 
 def test_parameters_that_a_server_refuses_are_left_out(server):
@@ -502,7 +513,7 @@ def test_busy_servers_are_asked_again_and_refusals_are_not(server):
 
 def test_a_server_that_drips_hangs_or_is_away_is_given_up_in_time(server):
     """A byte every 0.05 s would pass any pause between bytes; one line names the address, the cause and the limit."""
-    for content, cause in (([b" "] * 400, "Timeout"), ([b"", *[b""] * 60], "ReadTimeout|ConnectionError")):
+    for content, cause in (([b" "] * 400, "Timeout"), ([b"", *[b""] * 60], "ReadTimeoutError|ConnectionError")):
         server.script = lambda path, body, n: (200, {}, content)
         clock = time.monotonic()
         with pytest.raises(OSError, match=rf"judge at http://127.* \(({cause}); the limit is 0.4 s\).*ollama serve"):
@@ -518,6 +529,18 @@ def test_an_endless_reply_is_read_to_a_limit(server, monkeypatch):
     for limit, reply in ((len(ollama("50")) + 5000, "50"), (len(ollama("50")) - 1, "")):
         monkeypatch.setattr(sft, "LARGEST", limit)
         assert ask(server.url) == reply
+
+
+def test_a_long_reply_costs_little(server):
+    """Half a million bytes, read one by one, took ten seconds of computing; in pieces and compressed it is read too."""
+    long = ollama("50") + b" " * 500_000
+    server.script = lambda path, body, n: (200, {}, long)
+    clock = time.process_time()
+    assert ask(server.url) == "50" and time.process_time() - clock < 1
+    server.script = lambda path, body, n: (200, {"Content-Encoding": "gzip"}, gzip.compress(long))
+    assert ask(server.url) == "50"
+    server.script = lambda path, body, n: (200, {}, [long[i : i + 20] for i in range(0, 100, 20)])
+    assert ask(server.url) == "50"
 
 
 def test_a_reply_in_parts_is_their_text(server):

@@ -718,6 +718,18 @@ def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
         assert torch.equal(model.tok_emb.weight, good["tok_emb.weight"])
 
 
+def test_names_of_a_wrapper_are_said_to_be_one(tmp_path):
+    """A file of torch.compile's or DDP's state_dict says where the model is; other unknown names blame no wrapper."""
+    model = small_model(dtype=torch.float32)
+    metadata = {"config": json.dumps(dataclasses.asdict(model.config)), "info": json.dumps({"kind": "gpt"})}
+    for prefix in ("_orig_mod.", "module.", "modular."):
+        path = tmp_path / f"{prefix}safetensors"
+        gpt.write_safetensors(path, {prefix + name: each for name, each in model.named_parameters()}, metadata)
+        with pytest.raises(ValueError, match="unknown tensors") as caught:
+            gpt.load_checkpoint(path)
+        assert ("save its ._orig_mod or .module" in str(caught.value)) == (prefix != "modular.")
+
+
 # --- command line
 
 
@@ -795,6 +807,18 @@ ENDINGS = [  # what a function raises, the exit status, and what is said
     (ModuleNotFoundError("No module", name="lora"), 1, "copy lora.py beside"),
     (ModuleNotFoundError("No module", name="tiktoken"), 1, "pip install --upgrade tiktoken"),
     (KeyboardInterrupt(), 130, ""), (BrokenPipeError(), 141, ""), (SystemExit(2), 2, ""), (SystemExit(143), 143, "")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize("name", ["gpt", "gpt2_weights", "train", "finetune_cls", "finetune_sft", "rlhf"])
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path, name):
+    """Status 130 and nothing on stderr; the torch here is a file that sends the signal and then would take a minute."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\n"
+                                       "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                                       "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, Path(gpt.__file__).with_name(f"{name}.py")], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("error, status, said", ENDINGS)

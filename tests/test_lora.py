@@ -406,6 +406,7 @@ A7, B7 = A0.replace("h.0", "h.7"), B0.replace("h.0", "h.7")
     (lambda t: None, {"bias": "lora_only"}, "bias is set"),
     (lambda t: None, {"alpha_pattern": {"c_attn": 4}}, "alpha_pattern is set, which is not supported here; merge with"),
     (lambda t: None, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is set"),  # changes the base
+    (lambda t: None, {"init_lora_weights": "lora_ga"}, "init_lora_weights is set"),
     (lambda t: None, {"peft_type": "IA3"}, "'IA3' is not LORA"),
     (lambda t: None, {"lora_alpha": "8"}, "adapter_config.json: "),
     (lambda t: None, {"lora_alpha": 0}, "adapter_config.json: LoRA's alpha must be a positive number"),

@@ -874,10 +874,13 @@ def test_reward_model_and_ppo_run_from_files(folder, capsys):
     assert "->" in Path("out/ppo/samples.txt").read_text(encoding="utf-8")
     capsys.readouterr()
     assert run("evaluate", "--checkpoint", "out/ppo/model.safetensors") is None
-    table = capsys.readouterr().out.splitlines()
-    assert "kl" in table[0] and table[1].startswith("start") and table[2].startswith("ppo")
+    table, notes = capsys.readouterr()
+    table = table.splitlines()
+    assert "split_seed" not in notes and "kl" in table[0] and table[1].startswith("start") and table[2].startswith("ppo")
     written = json.loads(Path("out/ppo/evaluation.json").read_text(encoding="utf-8"))
     assert written["prompts"] == 6 and set(written["rows"]["ppo"]) == {"reward", "kl", "length", "wins"}
+    run("evaluate", "--checkpoint", "out/ppo/model.safetensors", "--split_seed", 5)
+    assert "was trained with --split_seed 1234, perhaps on this data" in capsys.readouterr().err
 
 
 def test_everything_in_a_row(folder, capsys):

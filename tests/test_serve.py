@@ -193,7 +193,10 @@ WRONG = [({"temperature": "hot"}, 400), ({"temperature": -1}, 400), ({"temperatu
          ({"continue_ids": [5] * 99}, 400), ({"messages": []}, 400), ({"messages": [1]}, 400), ({"model": 7}, 400),
          ({"messages": [{"role": "king", "content": "x"}]}, 400), ({"messages": [{"role": "user"}]}, 400),
          ({"messages": ASKED * 2}, 400), ({"messages": [{"role": "user", "content": "fox " * 99}]}, 400),
-         ({"model": "gpt-4"}, 404), ({"model": " "}, 404), ({"stream": "yes"}, 400)]
+         ({"model": "gpt-4"}, 404), ({"model": " "}, 404), ({"stream": "yes"}, 400),
+         *[({name: 0.5}, 400) for name in ("presence_penalty", "frequency_penalty")],  # what is not done is not ignored
+         *[({name: [{"name": "f"}]}, 400) for name in ("tools", "functions")], ({"logit_bias": {"5": -100}}, 400),
+         *[({"response_format": {"type": kind}}, 400) for kind in ("json_object", "json_schema", [], 5)]]
 
 
 @pytest.mark.parametrize("change, status", WRONG)
@@ -204,6 +207,15 @@ def test_a_wrong_field_is_an_error_that_names_it(server, change, status):
     error = json.loads(content)["error"]
     assert got == status and error["param"] in {*change, None} and error["type"] == "invalid_request_error", error
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(server):
+    """null, 0, what is empty and the format text, as OpenAI's clients may send them, and fields that change nothing."""
+    plain = ask(server, max_tokens=3)["choices"]
+    zeros = {"presence_penalty": 0, "frequency_penalty": 0.0, "tools": [], "functions": [], "logit_bias": {}}
+    for fields in (zeros, dict.fromkeys([*zeros, "response_format"]), {"response_format": {"type": "text"}},
+                   {"response_format": {}}, {"user": "me", "tool_choice": "none"}):
+        assert ask(server, max_tokens=3, **fields)["choices"] == plain
 
 
 def test_only_local_names_and_known_paths_are_answered(server, monkeypatch):
@@ -358,13 +370,14 @@ def test_our_own_judge_can_ask_it(server):
 
 
 def test_a_busy_port_and_a_model_that_is_not_there_are_one_line(server, capsys, tmp_path):
-    """Status 1; nothing else is printed."""
+    """Status 1; nothing else is printed. A busy port says which flag changes it."""
     gpt.save_checkpoint(tmp_path / "own.safetensors", *server.models["recited"][:2])
-    for name, said in (("own", "Address already in use"), ("none", "python finetune_sft.py")):
+    for name, said in (("own", "Address already in use; give another"), ("none", "python finetune_sft.py")):
         flags = ["--checkpoint", f"{tmp_path}/{name}.safetensors", "--port", str(server.server_port)]
         assert sft.main(["serve", *flags]) == 1
         shown = capsys.readouterr()
         assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+        assert (f"--port {server.server_port}" in shown.err) == (name == "own")
 
 
 def test_another_address_is_listened_at_and_said_to_be_open(server, capsys, tmp_path, monkeypatch):
