@@ -1065,39 +1065,27 @@ REPORT = (  # stages, what, key in summary.json, format, what stands beside it, 
     ("ppo dpo grpo", "KL to its start, nats", "kl", ".2f", "", ""))
 
 
-def report_rows(root):
-    """Return rows of words, the first one the head: what every finished stage in a folder reached."""
-    rows = [("stage", "held out", "value", "95% interval", "beside it", "seconds")]
+def report(config):
+    """Print what every finished stage in --out_dir reached; write report.html with its curves and some answers."""
+    from finetune_sft import respond
+    root, rows = Path(config.out_dir), [("stage", "held out", "value", "95% interval", "beside it", "seconds")]
     for stages, what, key, form, other, other_key in REPORT:
         for stage in stages.split():
             figures = read_summary(root / stage)
-            if figures.get(key) is None:
-                continue
-            interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval", ()))
-            beside = f"{other} {figures[other_key]:{form}}" if figures.get(other_key) is not None else ""
-            rows.append((stage, what, format(figures[key], form), interval, beside, f"{figures['seconds']:.0f}"))
-    return rows
-
-
-def answers_of(root):
-    """Return the questions and each model's answers as rows of words, a name before each: [["question", ...], ...]."""
-    from finetune_sft import respond
-    found = [["question", *QUESTIONS]]
-    for stage in ("pretrain", "sft", "ppo"):
-        path = root / stage / "model.safetensors"
+            if figures.get(key) is not None:
+                interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval", ()))
+                beside = f"{other} {figures[other_key]:{form}}" if figures.get(other_key) is not None else ""
+                rows.append((stage, what, format(figures[key], form), interval, beside, f"{figures['seconds']:.0f}"))
+    if len(rows) == 1:
+        raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
+    columns = [["question", *QUESTIONS]]
+    for path in (root / stage / "model.safetensors" for stage in ("pretrain", "sft", "ppo")):
         if path.is_file():
             model, tokenizer, info = gpt.load_checkpoint(path)
             template = info.get("template", "plain")
-            found.append([stage, *respond(model, tokenizer, QUESTIONS, template, max_new_tokens=24)])
-    return [[" ".join(cell.split()) for cell in row] for row in found] if len(found) > 1 else []
+            columns.append([path.parent.name, *respond(model, tokenizer, QUESTIONS, template, max_new_tokens=24)])
+    answers = [[" ".join(cell.split()) for cell in row] for row in zip(*columns)] if len(columns) > 1 else []
 
-
-def report(config):
-    """Print what every finished stage in --out_dir reached; write report.html with its curves and some answers."""
-    root = Path(config.out_dir)
-    rows, answers = report_rows(root), list(zip(*answers_of(root)))
-    if len(rows) == 1:
-        raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
     for row in rows:
         print("{:<10}{:<23}{:>8}  {:<18}{:<20}{:>7}".format(*row))
     for question, *said in answers[1:]:
