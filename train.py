@@ -435,19 +435,23 @@ class Progress:
 
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came, in any process. A second signal does its usual work."""
+    """True once Ctrl-C, SIGTERM or SIGHUP came, in any process. A second Ctrl-C or SIGTERM does its usual work."""
 
     def __init__(self):
         self.signal, self.previous = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             with contextlib.suppress(ValueError):  # not in the main thread, which signals do not reach
-                self.previous[number] = signal.signal(number, self.receive)
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                    self.previous[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         """Note the signal; the loop looks at the end of the step."""
         self.signal = number
-        signal.signal(number, self.previous[number])
-        print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.previous[number])
+            print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
+        else:  # the terminal was closed: it cannot be printed to, and the signal may come twice
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
     def __bool__(self):
         if all_sum(int(self.signal)):

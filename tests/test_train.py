@@ -9,8 +9,9 @@ import io
 import json
 import math
 import os
-import signal
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -519,6 +520,30 @@ def test_resume_in_an_empty_folder_starts_and_says_so(text, capsys):
     values = {name: type(getattr(train.Config, name))(value) for name, value in names.items()}
     assert train.train(train.Config(data="text.txt", max_steps=2, resume=True, **values)) == summary
     train.lock(Path("out/pretrain")).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="a GPU's threads survive no fork")
+def test_a_closed_terminal_saves_and_stops(text):
+    """Status 129 and a state that was saved, though nothing can be printed; what nohup starts goes on."""
+    import pty
+    argv, status, printed = ["--data", text, *TINY, "--max_steps", "100000", "--log_every", "1"], 99, b""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # the terminal, not pytest's file
+            status = train.main([*argv, "--save_every", "0"])
+        finally:
+            os._exit(status)
+    while b"step 3/" not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert train.read_state("out/pretrain/state.pt")["step"] >= 3
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = train.Stop()
+    assert signal.SIGHUP not in stop.previous and signal.SIGTERM in stop.previous
+    stop.release()
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_changed_data_is_refused_on_resume(text, capsys):
