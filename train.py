@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from data import (SlidingWindowDataset, beginnings, epoch_order, json_sha256, load_tokens, pad_left, prepare,
                   read_choices, seeded, texts, token_info, true_facts)
-from gpt import GPT_CONFIGS, GPTModel, pick_device, replacing, write_json
+from gpt import GPT_CONFIGS, GPTModel, pick_device, replacing, require, write_json
 from tokenizer import CharTokenizer, WordTokenizer, load_tokenizer
 from torch.nn.utils import clip_grad_norm_
 
@@ -270,12 +270,11 @@ def load_start(config, default_command, kinds=("gpt",)):
     if config.init not in GPT_CONFIGS and not Path(config.init).exists():
         raise FileNotFoundError(f"{config.init} does not exist; make it with: {default_command}")
     model, tokenizer, info = gpt.load_checkpoint(config.init)
-    if info["kind"] not in kinds or tokenizer is None:
-        what = "a model without a tokenizer" if tokenizer is None else f"a {info['kind']}"
-        raise ValueError(f"{config.init} is {what}; give a model of: {default_command}")
-    length = config.context_length or model.config.context_length
-    if length > model.config.context_length:
-        raise ValueError(f"--context_length {length}: the model of --init has {model.config.context_length} positions")
+    require(tokenizer is not None, f"{config.init} is a model without a tokenizer; give a model of: {default_command}")
+    require(info["kind"] in kinds, f"{config.init} is a {info['kind']}; give a model of: {default_command}")
+    most = model.config.context_length
+    length = config.context_length or most
+    require(length <= most, f"--context_length {length}: the model of --init has {most} positions")
     cropped = GPTModel(dataclasses.replace(model.config, context_length=length, drop_rate=config.drop_rate))
     if info["kind"] == "classifier":
         cropped.out_head = model.out_head
@@ -435,19 +434,23 @@ class Progress:
 
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came, in any process. A second signal does its usual work."""
+    """True once Ctrl-C, SIGTERM or SIGHUP came, in any process. A second Ctrl-C or SIGTERM does its usual work."""
 
     def __init__(self):
         self.signal, self.previous = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             with contextlib.suppress(ValueError):  # not in the main thread, which signals do not reach
-                self.previous[number] = signal.signal(number, self.receive)
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                    self.previous[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         """Note the signal; the loop looks at the end of the step."""
         self.signal = number
-        signal.signal(number, self.previous[number])
-        print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.previous[number])
+            print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
+        else:  # the terminal was closed: it cannot be printed to, and the signal may come twice
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
     def __bool__(self):
         if all_sum(int(self.signal)):
@@ -482,7 +485,9 @@ def read_summary(folder):
 
 
 def finished(config):
-    """Return the summary of a finished run at --resume, else None; raises ArgumentError where a run is in the way."""
+    """Return the summary of a finished run at --resume, else None; raises ArgumentError where a run is in the way.
+
+    Only the options are compared: that the data is still the same is not looked at."""
     folder = Path(config.out_dir)
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if config.fresh or not found:
@@ -528,37 +533,21 @@ def claim(folder, config):
     return held
 
 
-def check_same_run(state, folder, config, mark):
-    """Raise ArgumentError where a saved run had other options, ValueError where it had other data or frozen weights."""
-    saved, given = state["options"], deciding(config)
-    changed = [f"{key}: saved {saved.get(key)!r}, given {given.get(key)!r}"
-               for key in sorted({*saved, *given}) if saved.get(key) != given.get(key)]
-    if changed:
-        raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; give the saved ones, or --fresh, "
-                                  f"or train on from it: --init {folder}/model.safetensors")
-    if state["fingerprint"] != mark:
-        raise ValueError(f"{folder} was trained on other data, or from another model than --init {config.init} is "
-                         "now; give the same, or --fresh")
-
-
 @contextlib.contextmanager
 def open_run(config, model, optimizers, progress, total, mark, stage):
     """Yield (folder, Stop) with the folder locked and everything where a run that is resumed was; its log is cut there.
 
-    `mark` is the run's `fingerprint`. Raises as `read_state`, `check_same_run` and `load_state`. Of a run that fails
-    before its first evaluation nothing stays."""
+    `mark` is the run's `fingerprint`. Of a run that fails before its first evaluation nothing stays."""
     folder = Path(config.out_dir)
     held = None if rank() else claim(folder, config)
     barrier()
     stop, is_new = Stop(), not (folder / "state.pt").exists()
     try:
-        state = None if is_new else read_state(folder / "state.pt")
+        if not is_new:
+            load_state(folder, model, optimizers, progress, config, mark)
         barrier()  # so that no process takes for an old state what another one saves now
         if is_new:  # saved before any other file, so that a run killed at any moment can be resumed
             save_state(folder, model, optimizers, progress, config, mark)
-        else:
-            check_same_run(state, folder, config, mark)
-            load_state(state, model, optimizers, progress)
         if not rank():
             rows = read_log(folder) if progress.step else []
             with replacing(folder / "metrics.jsonl") as file:
@@ -626,13 +615,22 @@ def save_state(folder, model, optimizers, progress, config, mark):
     barrier()
 
 
-def load_state(state, model, optimizers, progress):
-    """Put a saved state back into model, optimizers, random numbers and progress.
+def load_state(folder, model, optimizers, progress, config, mark):
+    """Put what `save_state` wrote back into model, optimizers, random numbers and progress.
 
-    Raises ValueError, and changes nothing, where a weight or moment is missing, left over, misshapen or not finite."""
+    Raises ArgumentError for a run with other options, ValueError for one with other data or frozen weights, and where
+    a weight or moment is missing, left over, misshapen or not finite; then nothing is changed."""
+    state = read_state(folder / "state.pt")
+    old, new = state["options"], deciding(config)
+    changed = [f"{key}: saved {old.get(key)!r}, given {new.get(key)!r}"
+               for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changed:
+        raise ArgumentError(None, f"{folder} has other options; {'; '.join(changed)}; give the saved ones, or --fresh, "
+                                  f"or train on from it: --init {folder}/model.safetensors")
+    require(state["fingerprint"] == mark, f"{folder} was trained on other data, or from another model than --init "
+            f"{config.init} is now; give the same, or --fresh")
     own, saved = trainable(model), state["optimizers"]
-    if len(optimizers) != len(saved):
-        raise ValueError("state.pt does not fit the model at the optimizers; --fresh starts anew")
+    require(len(optimizers) == len(saved), "state.pt does not fit the model at the optimizers; --fresh starts anew")
     pairs = [(name, own.get(name), state["model"].get(name)) for name in sorted({*own, *state["model"]})]
     for number, (optimizer, values) in enumerate(zip(optimizers, saved)):
         parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
@@ -644,10 +642,9 @@ def load_state(state, model, optimizers, progress):
                 like = moment if is_count else parameters.get(index)
                 pairs.append((f"optimizer {number}, parameter {index}", like, moment))
     for name, like, tensor in pairs:
-        if like is None or tensor is None or like.shape != tensor.shape:
-            raise ValueError(f"state.pt does not fit the model at {name}; --fresh starts anew")
-        if not tensor.isfinite().all():
-            raise ValueError(f"state.pt is of no use: {name} is not finite; --fresh starts anew")
+        fits = like is not None and tensor is not None and like.shape == tensor.shape
+        require(fits, f"state.pt does not fit the model at {name}; --fresh starts anew")
+        require(tensor.isfinite().all(), f"state.pt is of no use: {name} is not finite; --fresh starts anew")
     for name, tensor in state["model"].items():
         own[name].copy_(tensor)
     for optimizer, values in zip(optimizers, saved):
@@ -655,15 +652,11 @@ def load_state(state, model, optimizers, progress):
     torch.set_rng_state(state["rng"])
     for number, rng in zip(range(torch.cuda.device_count()), state["cuda_rng"]):  # as many GPUs as both have
         torch.cuda.set_rng_state(rng, number)
-    for key, value in {**state["progress"], "clock": progress.clock}.items():
-        setattr(progress, key, value)
+    vars(progress).update({**state["progress"], "clock": progress.clock})
 
 
 def batches(n, config, progress, total, order=None):
-    """Yield the indices of each update's batch from progress.step on; `order(epoch)` is a permutation of n items.
-
-    Ends at `total` or by --patience. Ranks above 0 draw dropout from (seed, step, rank), so that a resumed run draws
-    the same."""
+    """Yield each update's list of indices, from progress.step to `total` or --patience; `order(epoch)` permutes n."""
     per_epoch, indices = math.ceil(n / config.batch_size), []
     while progress.step < total:
         if config.patience and progress.bad_evaluations >= config.patience:
@@ -672,7 +665,7 @@ def batches(n, config, progress, total, order=None):
         epoch, place = divmod(progress.step, per_epoch)
         if place == 0 or not indices:
             indices = list(map(int, order(epoch) if order else epoch_order(n, config.seed, epoch)))
-        if rank():
+        if rank():  # dropout of its own, and the same after a resume
             torch.manual_seed(seeded("process", config.seed, progress.step, rank()).initial_seed())
         yield indices[place * config.batch_size : (place + 1) * config.batch_size]
 
@@ -737,8 +730,7 @@ def report_step(folder, progress, total, config, loss, norm, rate, tokens, clock
 
 def is_best(progress, value):
     """Return whether `value`, lower is better, is the best so far; raises ValueError where it is not finite."""
-    if not math.isfinite(value):
-        raise ValueError(f"step {progress.step}: the validation figure is {value}; lower --learning_rate")
+    require(math.isfinite(value), f"step {progress.step}: the validation figure is {value}; lower --learning_rate")
     better, progress.best = value < progress.best, min(value, progress.best)
     progress.bad_evaluations = 0 if better else progress.bad_evaluations + 1
     return better
@@ -746,16 +738,13 @@ def is_best(progress, value):
 
 def save_best(folder, model, tokenizer, **info):
     """Write model.safetensors; with adapters also adapter/, and the file holds the weights with them merged."""
-    adapted = any(name.endswith("lora_A") for name, _ in model.named_parameters())
-    if adapted:
-        from lora import merge_lora, save_lora, unmerge_lora
-        save_lora(model, folder / "adapter")
-        merge_lora(model)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        if any(name.endswith("lora_A") for name, _ in model.named_parameters()):
+            from lora import merge_lora, save_lora, unmerge_lora
+            save_lora(model, folder / "adapter")
+            merge_lora(model)
+            afterwards.callback(unmerge_lora, model)
         gpt.save_checkpoint(folder / "model.safetensors", model, tokenizer, **info)
-    finally:
-        if adapted:
-            unmerge_lora(model)
 
 
 def draw_curves(path, title, rows, keys, y_label="loss, nats per token"):
@@ -840,8 +829,7 @@ def start_model(config):
     torch.manual_seed(config.seed)
     if config.init != "scratch":
         for name in ("model", "emb_dim", "n_layers", "n_heads", "tokenizer"):
-            value = getattr(config, name)
-            if value != getattr(Config, name):
+            if (value := getattr(config, name)) != getattr(Config, name):
                 raise ArgumentError(None, f"--{name} {value} does not go with --init {config.init}; leave one out")
         return load_start(config, "python train.py")[:2]
     if config.tokenizer in ("char", "word"):
@@ -850,7 +838,8 @@ def start_model(config):
     elif config.tokenizer == "gpt2" or Path(config.tokenizer).exists():
         tokenizer = load_tokenizer(config.tokenizer)
     else:
-        raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; make it with: python tokenizer.py")
+        raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; make it with: python tokenizer.py "
+                                f"train --data {config.data} --out_dir {Path(config.tokenizer).parent}")
     sizes = {"vocab_size": tokenizer.vocab_size, "drop_rate": config.drop_rate}
     for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
         sizes[name] = getattr(config, name) or getattr(GPT_CONFIGS[config.model], name)
@@ -953,13 +942,13 @@ def train(config):
                 save_state(folder, model, optimizers, progress, config, mark)
             if stopping:
                 stop_now(folder, progress, total, stop)
-        losses = [row[0] for row in progress.extra.get("recent", [])]
+        losses = [loss for loss, _, _ in progress.extra["recent"]]
         bits = bits_per_byte(progress.best, token_info(tokens_folder / "val.bin"))
         known = {}
         if config.data == "tinyworld" and not rank():  # the best weights, as `evaluate` reads them
             known = known_facts(gpt.load_checkpoint(folder / "model.safetensors", device)[0], tokenizer)
         summary = write_summary(folder, config, "pretrain", progress, model, mark, tokens=progress.tokens, **known,
-                                train_loss=sum(losses) / (len(losses) or 1), val_loss=progress.best, bits_per_byte=bits)
+                                train_loss=sum(losses) / len(losses), val_loss=progress.best, bits_per_byte=bits)
     print(f"pretrained: validation loss {progress.best:.4f}, perplexity {math.exp(progress.best):.2f}, {bits:.3f} bits "
           f"per byte, {summary['seconds']:.0f} s; {folder}/model.safetensors")
     return summary
@@ -971,8 +960,8 @@ def choice_logprobs(model, tokenizer, prompt, choices):
     context, ids = model.config.context_length, tokenizer.encode(prompt) or [tokenizer.eot_id or 0]
     space = " " * (prompt == prompt.rstrip() != "")  # between the two, unless white space ends the prompt
     ends = [tokenizer.encode(choice if choice[0].isspace() else space + choice) for choice in choices]
-    if max(map(len, ends)) >= context:
-        raise ValueError(f"a choice of {max(map(len, ends))} tokens does not fit into the context: {choices}"[:200])
+    longest = max(map(len, ends))
+    require(longest < context, f"a choice of {longest} tokens does not fit into the context: {choices}"[:200])
     rows = [torch.tensor((ids + end)[-context:], device=model.device) for end in ends]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no earlier position looks
     logprobs = gpt.token_logprobs(model(padded), padded)  # entry t is that of token t + 1
@@ -1065,39 +1054,27 @@ REPORT = (  # stages, what, key in summary.json, format, what stands beside it, 
     ("ppo dpo grpo", "KL to its start, nats", "kl", ".2f", "", ""))
 
 
-def report_rows(root):
-    """Return rows of words, the first one the head: what every finished stage in a folder reached."""
-    rows = [("stage", "held out", "value", "95% interval", "beside it", "seconds")]
+def report(config):
+    """Print what every finished stage in --out_dir reached; write report.html with its curves and some answers."""
+    from finetune_sft import respond
+    root, rows = Path(config.out_dir), [("stage", "held out", "value", "95% interval", "beside it", "seconds")]
     for stages, what, key, form, other, other_key in REPORT:
         for stage in stages.split():
             figures = read_summary(root / stage)
-            if figures.get(key) is None:
-                continue
-            interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval", ()))
-            beside = f"{other} {figures[other_key]:{form}}" if figures.get(other_key) is not None else ""
-            rows.append((stage, what, format(figures[key], form), interval, beside, f"{figures['seconds']:.0f}"))
-    return rows
-
-
-def answers_of(root):
-    """Return the questions and each model's answers as rows of words, a name before each: [["question", ...], ...]."""
-    from finetune_sft import respond
-    found = [["question", *QUESTIONS]]
-    for stage in ("pretrain", "sft", "ppo"):
-        path = root / stage / "model.safetensors"
+            if figures.get(key) is not None:
+                interval = " to ".join(format(bound, form) for bound in figures.get(key + "_interval", ()))
+                beside = f"{other} {figures[other_key]:{form}}" if figures.get(other_key) is not None else ""
+                rows.append((stage, what, format(figures[key], form), interval, beside, f"{figures['seconds']:.0f}"))
+    if len(rows) == 1:
+        raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
+    columns = [["question", *QUESTIONS]]
+    for path in (root / stage / "model.safetensors" for stage in ("pretrain", "sft", "ppo")):
         if path.is_file():
             model, tokenizer, info = gpt.load_checkpoint(path)
             template = info.get("template", "plain")
-            found.append([stage, *respond(model, tokenizer, QUESTIONS, template, max_new_tokens=24)])
-    return [[" ".join(cell.split()) for cell in row] for row in found] if len(found) > 1 else []
+            columns.append([path.parent.name, *respond(model, tokenizer, QUESTIONS, template, max_new_tokens=24)])
+    answers = [[" ".join(cell.split()) for cell in row] for row in zip(*columns)] if len(columns) > 1 else []
 
-
-def report(config):
-    """Print what every finished stage in --out_dir reached; write report.html with its curves and some answers."""
-    root = Path(config.out_dir)
-    rows, answers = report_rows(root), list(zip(*answers_of(root)))
-    if len(rows) == 1:
-        raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
     for row in rows:
         print("{:<10}{:<23}{:>8}  {:<18}{:<20}{:>7}".format(*row))
     for question, *said in answers[1:]:

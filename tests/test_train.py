@@ -4,13 +4,13 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import math
 import os
-import signal
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,9 @@ import torch
 import torch.nn as nn
 
 import gpt
+import tokenizer as tok
 import train
+from data import read_choices
 from tokenizer import CharTokenizer
 
 TINY = ("--tokenizer char --emb_dim 16 --n_layers 2 --n_heads 2 --context_length 16 --batch_size 4 --sample_tokens 5 "
@@ -42,13 +44,10 @@ def pretrain(*flags, status=0):
 
 
 def last_weights(folder="out/pretrain"):
-    """Return the sha256 over all weights in state.pt and the best model's file."""
-    state = torch.load(f"{folder}/state.pt", weights_only=True)
-    digest = hashlib.sha256()
-    for name in sorted(state["model"]):
-        digest.update(name.encode())
-        digest.update(gpt.tensor_bytes(state["model"][name].contiguous()))
-    return digest.hexdigest(), gpt.read_safetensors(f"{folder}/model.safetensors")[1]["data_sha256"]
+    """Return the bytes of all weights in state.pt, and the hash of the data in the best model's file."""
+    weights = train.read_state(f"{folder}/state.pt")["model"]
+    whole = {name: gpt.tensor_bytes(tensor.contiguous()).raw for name, tensor in weights.items()}
+    return whole, gpt.read_safetensors(f"{folder}/model.safetensors")[1]["data_sha256"]
 
 
 def logged(folder="out/pretrain"):
@@ -69,15 +68,12 @@ def test_bfloat16_is_chosen_only_where_the_hardware_has_it(units, monkeypatch):
 
 
 def test_the_published_loss_arithmetic():
-    """Six target probabilities of the notes give cross-entropy 10.7940 and perplexity 48725.82."""
+    """Six target probabilities of the notes give cross-entropy 10.7940 and perplexity 48725.82; a third target of -100
+    leaves the loss of another published example at that of its first two: 1.1269."""
     probs = torch.tensor([7.4541e-05, 3.1061e-05, 1.1563e-05, 1.0337e-05, 5.6776e-05, 4.7559e-06], dtype=torch.float64)
     logits = torch.stack([probs.log(), (1 - probs).log()], dim=1).view(2, 3, 2)
     loss = train.next_token_loss(logits, torch.zeros(2, 3, dtype=torch.long)).item() / 6
     assert loss == pytest.approx(10.7940, abs=2e-4) and math.exp(loss) == pytest.approx(48725.82, rel=2e-4)
-
-
-def test_ignored_targets_do_not_count():
-    """A third target of -100 leaves the loss of the published example at that of its first two: 1.1269."""
     logits, targets = torch.tensor([[[-1.0, 1.0], [-0.5, 1.5], [-0.5, 1.5]]]), torch.tensor([[0, 1, gpt.IGNORE]])
     assert train.next_token_loss(logits, targets).item() / 2 == pytest.approx(1.1269, abs=1e-4)
 
@@ -148,8 +144,8 @@ def test_adamw_decays_matrices_only_and_every_parameter_has_one_optimizer():
         id(p) for block in model.trf_blocks for p in block.parameters() if p.dim() == 2}
 
 
-@pytest.mark.parametrize("word", ["train", "evaluate", "report"])
-def test_help_shows_the_flags_that_a_command_reads_and_their_defaults(word, monkeypatch, capsys):
+@pytest.mark.parametrize("word, other", [("train", "checkpoint"), ("evaluate", "epochs"), ("report", "data")])
+def test_help_shows_the_flags_that_a_command_reads_and_their_defaults(word, other, monkeypatch, capsys):
     """No other flag is shown or taken; a default that is shown is the one that the command gets."""
     given, commands = [], {}
     monkeypatch.setattr(train, "run_script", lambda doc, Config, found, *rest, **named: commands.update(found))
@@ -166,8 +162,6 @@ def test_help_shows_the_flags_that_a_command_reads_and_their_defaults(word, monk
     on = {"on": "True", "off": "False"}
     found = {name: on.get(default[1], default[1]) for name, default in zip(names, defaults) if default}
     assert found == {name: str(getattr(given[0], name)) for name in found} and len(found) >= len(names) - 2
-    other = next(field.name for field in dataclasses.fields(train.Config) if field.name not in [*names, "command"]
-                 ) if word != "train" else "checkpoint"
     assert train.run_script("", train.Config, {word: command}, [word, f"--{other}", "1"]) == 2
     assert f"--{other}" in capsys.readouterr().err and len(given) == 1
 
@@ -267,13 +261,10 @@ def test_multiple_choice_takes_the_likeliest_plainly_and_per_byte(tmp_path, monk
     model, tokenizer = small_lm()
     Path("task.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS), encoding="utf-8")
     found, hits = {}, {"accuracy": 0, "accuracy_per_byte": 0}
-    for prompt, choices, space, answer in (("the cat sat on", QUESTIONS[0]["choices"], " ", 0),
-                                           ("the dog ran to ", QUESTIONS[1]["choices"], "", 0),
-                                           ("a bird", QUESTIONS[2]["endings"], " ", 2)):
-        scores = []
-        for choice in choices:
-            ids = tokenizer.encode(prompt + space + choice)[-24:]
-            scores.append(token_by_token(model, ids, len(space + choice)))
+    for question, space, answer in zip(read_choices("task.jsonl"), (" ", "", " "), (0, 0, 2)):
+        prompt, choices = question["prompt"], question["choices"]
+        scores = [token_by_token(model, tokenizer.encode(prompt + space + choice)[-24:], len(space + choice))
+                  for choice in choices]
         assert train.choice_logprobs(model, tokenizer, prompt, choices) == pytest.approx(scores, abs=1e-4)
         hits["accuracy"] += scores.index(max(scores)) == answer
         per_byte = [score / len(choice) for score, choice in zip(scores, choices)]
@@ -334,22 +325,18 @@ def test_choices_are_as_likely_as_to_transformers(tmp_path):
     export_gpt2(model, tmp_path / "hf")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     for question in QUESTIONS[:2]:
-        prompt, space = question["prompt"], " " * (question["prompt"][-1] != " ")
-        expected = []
+        prompt, space, expected = question["prompt"], " " * (question["prompt"][-1] != " "), []
         for choice in question["choices"]:
             ids = torch.tensor([tokenizer.encode(prompt + space + choice)])
-            labels = ids.clone()
-            labels[:, : len(prompt)] = -100
-            with torch.no_grad():
-                expected.append(-theirs(ids, labels=labels).loss.item() * len(space + choice))
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+            expected.append(-theirs(ids, labels=labels).loss.item() * len(space + choice))
         assert train.choice_logprobs(model, tokenizer, prompt, question["choices"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_accumulation_changes_nothing_but_rounding(text):
     """Batches of 4 computed at once, in 2 and in 4 pieces end with the same loss."""
-    losses = [pretrain("--max_steps", 8, "--accumulate", n, "--out_dir", "out/pretrain", "--fresh")["val_loss"]
-              for n in (1, 2, 4)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=1e-5)
+    losses = [pretrain("--max_steps", 8, "--accumulate", n, "--fresh")["val_loss"] for n in (1, 2, 4)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
 def test_the_hash_of_frozen_weights_is_theirs_where_they_have_to_be_copied(monkeypatch):
@@ -521,6 +508,54 @@ def test_resume_in_an_empty_folder_starts_and_says_so(text, capsys):
     train.lock(Path("out/pretrain")).close()
 
 
+def test_a_summary_that_was_cut_is_written_again_on_resume(text):
+    """Empty, as a power cut can leave it: the run counts as unfinished, and its end gives the same figures."""
+    whole = pretrain("--max_steps", 3)
+    Path("out/pretrain/summary.json").write_text("")
+    again = pretrain("--max_steps", 3, "--resume")
+    for figure in ("steps", "train_loss", "val_loss", "bits_per_byte", "config", "data"):
+        assert again[figure] == whole[figure]
+
+
+def test_every_sample_begins_with_the_prompt(text):
+    """Word tokens: the prompt's own, a space, then the new ones."""
+    pretrain("--max_steps", 4, "--eval_every", 2, "--tokenizer", "word", "--context_length", 8, "--prompt", "the cat")
+    samples = [row["sample"] for row in logged() if "sample" in row]
+    assert len(samples) == 3 and all(sample.startswith("the cat ") for sample in samples)
+
+
+def test_without_a_tokenizer_the_error_is_the_one_command_to_type(text, capsys):
+    """For the data of the run: after it the same command line trains."""
+    argv = ["--data", text, *TINY[2:], "--max_steps", "1", "--context_length", "4"]
+    assert train.main(argv) == 1
+    command = capsys.readouterr().err.partition("make it with: python tokenizer.py ")[2].split()
+    assert tok.main([*command, "--vocab_size", "260"]) == 0 and train.main(argv) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="a GPU's threads survive no fork")
+def test_a_closed_terminal_saves_and_stops(text):
+    """Status 129 and a state that was saved, though nothing can be printed; what nohup starts goes on."""
+    import pty
+    argv, status, printed = ["--data", text, *TINY, "--max_steps", "100000", "--log_every", "1"], 99, b""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # the terminal, not pytest's file
+            status = train.main([*argv, "--save_every", "0"])
+        finally:
+            os._exit(status)
+    while b"step 3/" not in printed:
+        printed += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert train.read_state("out/pretrain/state.pt")["step"] >= 3
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = train.Stop()
+    assert signal.SIGHUP not in stop.previous and signal.SIGTERM in stop.previous
+    stop.release()
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_changed_data_is_refused_on_resume(text, capsys):
     """The same file name with other text does not continue the run."""
     pretrain("--max_steps", 4)
@@ -561,7 +596,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(text, capsys, tmp_path):
              (["--data", text, "--init", "none.safetensors", "--tokenizer", "gpt2"], 2, "--tokenizer gpt2 does not go"),
              ([*base, "--momentum", "0.5"], 2, "--momentum"), ([*base, "--out_dir", ""], 2, "--out_dir"),
              ([*base, "--max_step", "3"], 2, "--max_steps"),
-             (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py"),
+             (["--data", text, "--max_steps", "2"], 1, "python tokenizer.py train --data text.txt"),
              (["evaluate", "--data", text], 1, "python train.py")]
     if not torch.cuda.is_available():
         cases.append(([*base, "--device", "cuda"], 2, "--device cpu"))
