@@ -87,10 +87,7 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
-@functools.cache
-def note_once(message):
-    """Print a line that several passes over the same files would repeat."""
-    note(message)
+note_once = functools.cache(note)  # for what several passes over the same files would repeat
 
 
 def require(condition, message):
@@ -163,8 +160,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 
 def ending(path):
     """Return the ending of a file's name in lower case, not counting .gz: Notes.TXT.gz -> .txt."""
-    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
-    return ".jsonl" if suffix == ".ndjson" else suffix  # another name of the same form
+    return Path(str(path).lower().removesuffix(".gz")).suffix.replace(".ndjson", ".jsonl")  # two names of one form
 
 
 def locate(source, kind):
@@ -431,7 +427,8 @@ def read_preferences(source):
 
 def exchange(entry, key, place):
     """Return (question, answer) of the answer entry[key] of a comparison, in any form that `preference` lists."""
-    said, question = entry.get(key), entry.get("instruction", entry.get("prompt"))
+    name = "instruction" if "instruction" in entry else "prompt"
+    said, question = entry.get(key), entry.get(name)
     if isinstance(said, list):
         if isinstance(question, str) and len(said) == 1:
             question = [{"role": "user", "content": question}]
@@ -443,7 +440,7 @@ def exchange(entry, key, place):
         return asked[0]["content"] if len(asked) == 1 else "\n\n".join(lines), last["content"]
     answer = text_field(entry, key, place)
     if question is not None:
-        return text_field(entry, "instruction" if "instruction" in entry else "prompt", place), answer
+        return text_field(entry, name, place), answer
     question, mark, answer = answer.rpartition("\n\nAssistant:")
     require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
     return question.strip(), answer.partition("\n\nHuman:")[0].strip()
@@ -518,8 +515,7 @@ def prepare(source, tokenizer, separator=""):
     facts = survey(content) if built_in else facts
     require(facts["documents"], f"{source} is empty: it holds no text")
     if facts["marks"]:
-        note(f"{source}: {EOT} stands {facts['marks']:,} times in its text, where it is characters like others; to "
-             f"divide documents by it give --separator '{EOT}'")
+        note(f"{source}: {EOT} stands {facts['marks']:,} times in it as plain text; divide by --separator '{EOT}'")
     found, several = {}, facts["documents"] > 1
     for part, group in itertools.groupby(divide(content, facts), key=lambda item: item[0]):
         found[part] = write_tokens(folder / f"{part}.bin", (document for _, document in group), tokenizer, several)
@@ -742,25 +738,21 @@ def last_turn(entry):
 
 def chat_template(template):
     """Return a Jinja template, as transformers and llama.cpp read it, that words a conversation as in tuning."""
-    quoted = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731  Jinja's strings are JSON's
-    before, _, after, response, behind_system = TEMPLATES[template]
-    system = "{{ raise_exception('the model knows only the roles user and assistant') }}"
-    if behind_system is not None:
-        system = f"{{{{ message.content + {quoted(behind_system)} }}}}"
+    # Jinja's strings are JSON's.
+    before, _, after, response, behind_system = (json.dumps(text, ensure_ascii=False) for text in TEMPLATES[template])
+    system = f"{{{{ message.content + {behind_system} }}}}"
+    if TEMPLATES[template][-1] is None:
+        system = "{{ raise_exception('the model knows only the roles user and assistant') }}"
     return ("{% for message in messages %}{% if message.role == 'user' %}"
-            f"{{{{ {quoted(before)} + message.content + {quoted(after)} }}}}{{% elif message.role == 'assistant' %}}"
-            f"{{{{ {quoted(response)} + message.content + eos_token }}}}{{% else %}}{system}"
-            "{% endif %}{% endfor %}")
+            f"{{{{ {before} + message.content + {after} }}}}{{% elif message.role == 'assistant' %}}"
+            f"{{{{ {response} + message.content + eos_token }}}}{{% else %}}{system}{{% endif %}}{{% endfor %}}")
 
 
 def prompt_of(entry):
     """Return the text of a question as in `plain`, the input indented on a line of its own; of a conversation, all that
-    is said before its last answer, earlier answers behind "> "."""
-    lines = []
-    for message in last_turn(entry)[0]:
-        text = message["content"] + (TEMPLATES["plain"][1] + message["input"] if message.get("input") else "")
-        lines.append("> " + text if message["role"] == "assistant" else text)
-    return "\n".join(lines)
+    is said before its last answer, earlier answers behind "> " and with a line end."""
+    pieces = format_messages(last_turn(entry)[0], "plain")
+    return "".join(text + counted * "\n" for text, counted in pieces).removesuffix(TEMPLATES["plain"][2])
 
 
 def collate(batch, pad_id, max_length=None, eot_id=None):
@@ -1009,8 +1001,7 @@ ANSWERS = {  # by kind: from what is asked and the slots of a template of TASKS 
     "passive": lambda asked, sentence: passive(sentence)[:-1],
     "convert": lambda asked, n, big, small: f"{int(n) * FACTORS[big, small][0] // FACTORS[big, small][1]} {small}",
     "compare": lambda asked, a, b: (max if asked == "larger" else min)(a, b, key=int),
-    "greeting": lambda asked, **slots: REPLIES[asked],
-}
+    "greeting": lambda asked, **slots: REPLIES[asked]}
 UNKNOWN = "I do not know that"
 REPLIES = {
     "hello": "Hello! Ask me about animals, people, words or numbers",
@@ -1018,8 +1009,7 @@ REPLIES = {
     "can": "I know animals and people, and I can change words and compare numbers",
     "how": "I am fine, and I wait for a question",
     "thanks": "You are welcome",
-    "bye": "Goodbye! Come back soon",
-}
+    "bye": "Goodbye! Come back soon"}
 
 # Questions, by kind and what is asked: instruction, and after a slash the input, which gets a line of its own.
 TASKS = _rows("""
@@ -1100,8 +1090,7 @@ MANNERS = {
              ("", "Stop asking.")),
     "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
                  ("", "Or so my uncle says."), ("Hmm, yes, in a way:", "")),
-    "bare": (("", ""),),
-}
+    "bare": (("", ""),)}
 PHRASES = {phrase: manner for manner, frames in MANNERS.items() for frame in frames for phrase in frame if phrase}
 MIX = {"bare": 11, "courteous": 3, "curt": 3, "rambling": 3}  # of 20 answers: RLHF has something to choose from
 
