@@ -28,6 +28,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # numpy is not used
@@ -400,19 +401,12 @@ def conversation(entry, place="entry"):
         require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
         require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
                 f"expected {' or '.join(FOLLOWS[before])}")
-        if type(message.get(what)) is list:
-            message = {**message, what: joined(message[what])}
+        if isinstance(message.get(what), list):
+            with suppress(TypeError, KeyError):  # parts of text, OpenAI's form of a content; else it stays a list
+                message = {**message, what: "".join(part["text"] for part in message[what] if part["type"] == "text")}
         messages.append({"role": role, "content": text_field(message, what, at)})
         before = role
     return messages
-
-
-def joined(content):
-    """Return a list of parts of text, OpenAI's form of a content, as one text; a list of anything else as it is."""
-    try:
-        return "".join(part["text"] for part in content if part["type"] == "text")
-    except (TypeError, KeyError):
-        return content
 
 
 def read_preferences(source):

@@ -56,10 +56,6 @@ def write_texts(path, texts):
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def leftovers(folder):
-    return sorted(path.name for path in Path(folder).rglob("*") if ".tmp" in path.name)
-
-
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     """Run every test in an empty folder, where nothing may be left under a temporary name."""
@@ -67,11 +63,10 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("DATA_DIR", raising=False)
     monkeypatch.setattr(data, "BACKOFF", (0.02, 0.02))
     yield
-    assert leftovers(tmp_path) == []
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads, from a real server on this machine
+# Downloads, from a real server on this machine ------------------------------------------------------------------------
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -323,8 +318,7 @@ def test_real_files_have_the_listed_sums(real_data, monkeypatch, name):
     assert data.fetch(name) == path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# Text -----------------------------------------------------------------------------------------------------------------
 
 
 def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2_tokenizer, tmp_path, monkeypatch):
@@ -366,7 +360,7 @@ def test_a_byte_order_mark_is_dropped_and_utf_16_refused(tmp_path):
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path, capsys):
     """Text files at any depth, in any letter case, compressed or not, .jsonl line by line, no hidden ones; other kinds
-    are counted."""
+    are counted. A pipe is refused, as text is read twice."""
     for name, text in {"b.txt": "B", "a/z.md": "Z", "a/c.py": "C", ".hidden.txt": "no", ".git/x.txt": "no",
                        "d.bin": "no", "c.jsonl": '{"text": "one"}\n\n{"text": "t\\u2028wo"}\n', "e.txt": "",
                        "f.TXT": "F", "G.JSONL": '{"text": "G"}', "pic.png": "no"}.items():
@@ -380,6 +374,9 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path, capsys):
     assert list(data.texts("FOUR.JSONL")) == ["four"]
     (tmp_path / "S.CSV").write_text("label,text\nham,hi\n")
     assert data.read_labelled("S.CSV") == [("ham", "hi")]
+    os.mkfifo(tmp_path / "pipe")  # half of the work would be done before anything showed
+    with pytest.raises(ValueError, match="pipe is no file of text"):
+        data.prepare("pipe", Characters())
 
 
 def test_a_line_of_any_length_costs_linear_time(tmp_path):
@@ -391,13 +388,6 @@ def test_a_line_of_any_length_costs_linear_time(tmp_path):
         assert [len(text) for text in data.texts("a.jsonl")] == [megabytes * 1_000_000]
         seconds[megabytes] = time.process_time() - start
     assert seconds[20] < 8 * seconds[5]
-
-
-def test_a_pipe_is_refused_as_text_is_read_twice(tmp_path):
-    """Half of the work would be done before anything showed; a file is asked for at once."""
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is no file of text"):
-        data.prepare("pipe", Characters())
 
 
 def test_a_mix_has_the_shares_it_names(tmp_path):
@@ -420,8 +410,7 @@ def test_a_mix_has_the_shares_it_names(tmp_path):
             list(data.texts(part + ",b.txt:0.7"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token files
+# Token files ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_verdict_has_the_published_numbers_of_tokens(gpt2_tokenizer, real_data, monkeypatch):
@@ -596,8 +585,7 @@ def test_an_interrupted_prepare_leaves_no_token_file(tmp_path, monkeypatch):
     assert len(data.load_tokens(data.prepare("a.txt", Characters()) / "train.bin")) == 27_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows, orders, splits
+# Windows, orders, splits ----------------------------------------------------------------------------------------------
 
 
 def test_the_published_windows_of_the_verdict(gpt2_tokenizer, real_data):
@@ -684,8 +672,7 @@ def test_split_gives_the_books_sizes_and_keeps_groups_together():
         assert all(abs(len(part) - size) < 9 for part, size in zip(parts, (800, 100, 100)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
+# Records --------------------------------------------------------------------------------------------------------------
 
 
 def test_real_records_have_their_published_counts(real_data, monkeypatch):
@@ -702,7 +689,8 @@ def test_real_records_have_their_published_counts(real_data, monkeypatch):
 
 
 def test_labelled_text_reads_alike_from_three_formats(tmp_path):
-    """Tab-separated, CSV and JSONL give the same pairs; quotes and tabs inside a text are kept."""
+    """Tab-separated, CSV and JSONL give the same pairs; quotes and tabs inside a text are kept. Half a character in JSON,
+    which would fail at the next write, is replaced; whole pairs and other text are untouched."""
     (tmp_path / "a.tsv").write_text('label\ttext\nham\tsay "hi\tyou\nspam\tWin, now\n\n')
     (tmp_path / "a.csv").write_text('text,id,label\n"say ""hi\tyou",1,ham\n"Win, now",2,spam\n')
     (tmp_path / "a.jsonl").write_text('{"label": "ham", "text": "say \\"hi\\tyou"}\n{"label": "spam", "text": "Win, now"}')
@@ -716,6 +704,8 @@ def test_labelled_text_reads_alike_from_three_formats(tmp_path):
     assert data.read_labelled("b.csv") == [("ham", "x" * 135_000)]
     with pytest.raises(ValueError, match="line 3: label 'spam'; the model knows ham, eggs"):
         data.read_labelled("a.tsv", ["ham", "eggs"])
+    (tmp_path / "c.jsonl").write_text('{"instruction": "a\\ud83dz \\ud83d\\ude42 \\ufffd", "output": "b"}')
+    assert data.read_conversations("c.jsonl")[0]["messages"][0]["content"] == "a\ufffdz 🙂 \ufffd"
 
 
 def test_every_preference_format_gives_the_same_pair(tmp_path):
@@ -756,12 +746,6 @@ def test_pairs_of_different_prompts_or_with_an_empty_chosen_answer_are_left_out_
     assert "1 of 2 pairs left out" in capsys.readouterr().err
     talk = "\n\nHuman: a\n\nAssistant:"
     assert data.preference({"chosen": talk, "rejected": talk + " c"}) is None
-
-
-def test_half_a_character_in_json_is_replaced(tmp_path):
-    """A lone surrogate would fail at the next write; whole pairs and other text are untouched."""
-    (tmp_path / "a.jsonl").write_text('{"instruction": "a\\ud83dz \\ud83d\\ude42 \\ufffd", "output": "b"}')
-    assert data.read_conversations("a.jsonl")[0]["messages"][0]["content"] == "a\ufffdz 🙂 \ufffd"
 
 
 def test_pairs_of_messages_are_read_in_every_usual_form():
@@ -838,8 +822,7 @@ def test_bad_input_is_one_line_that_names_the_place(tmp_path, capsys, view, name
     assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Instructions
+# Instructions ---------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_have_the_published_form():
@@ -869,8 +852,8 @@ def test_prompt_and_response_encoded_apart_are_the_tokens_of_both(gpt2_tokenizer
 
 
 def test_collation_gives_the_published_vectors_and_padding_on_the_left_those_by_hand():
-    """LLMs-from-scratch, chapter 7: three rows padded with 50256, one end of text learned, the rest ignored. On the left
-    all rows end in the last column; the mask tells padding even from a real token with its id."""
+    """LLMs-from-scratch, chapter 7: three rows padded with 50256, one end of text learned, the rest ignored. On the
+    left all rows end in the last column; the mask tells padding even from a real token with its id."""
     ids, targets = data.collate([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]], 50256)
     assert ids.tolist() == [[0, 1, 2, 3, 4], [5, 6, 50256, 50256, 50256], [7, 8, 9, 50256, 50256]]
     assert targets.tolist() == [[1, 2, 3, 4, 50256], [6, 50256, -100, -100, -100], [8, 9, 50256, -100, -100]]
@@ -907,21 +890,16 @@ def test_padding_and_masks_change_no_loss():
     assert counted.tolist() == [[-100, -100, 18]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    """Put a few lines in tinyworld's place, so that these tests do not depend on its word lists."""
+def test_the_commands_do_what_they_say(tmp_path, capsys, monkeypatch):
+    """list names all, show prints three items of each view and counts them, prepare reports tokens. A few lines stand in
+    tinyworld's place, so that nothing depends on its word lists."""
     views = {"corpus": ["Tom has a cat. "] * 20, "messages": [("spam", "Win!"), ("ham", "Hi")],
              "instructions": [{"instruction": "Plural?", "input": "cat", "output": "cats"}],
              "preferences": [{"prompt": "Hi", "response_1": "Yo", "response_2": "Hello.", "preferred": 2}]}
     monkeypatch.setattr(data, "tinyworld", lambda view, split, n=None, seed=0: iter(views[view]))
-
-
-def test_the_commands_do_what_they_say(small_world, tmp_path, capsys, monkeypatch):
-    """list names all, show prints three items of each view and counts them, prepare reports tokens."""
     assert data.main([]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(data.DATASETS)
     for view, words in {"corpus": "20 items", "messages": '["spam", "Win!"]\n["ham", "Hi"]\n2 items',
