@@ -28,6 +28,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # numpy is not used
@@ -87,10 +88,7 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
-@functools.cache
-def note_once(message):
-    """Print a line that several passes over the same files would repeat."""
-    note(message)
+note_once = functools.cache(note)  # for what several passes over the same files would repeat
 
 
 def require(condition, message):
@@ -163,8 +161,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read in a folder
 
 def ending(path):
     """Return the ending of a file's name in lower case, not counting .gz: Notes.TXT.gz -> .txt."""
-    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
-    return ".jsonl" if suffix == ".ndjson" else suffix  # another name of the same form
+    return Path(str(path).lower().removesuffix(".gz")).suffix.replace(".ndjson", ".jsonl")  # two names of one form
 
 
 def locate(source, kind):
@@ -404,19 +401,12 @@ def conversation(entry, place="entry"):
         require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
         require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
                 f"expected {' or '.join(FOLLOWS[before])}")
-        if type(message.get(what)) is list:
-            message = {**message, what: joined(message[what])}
+        if isinstance(message.get(what), list):
+            with suppress(TypeError, KeyError):  # parts of text, OpenAI's form of a content; else it stays a list
+                message = {**message, what: "".join(part["text"] for part in message[what] if part["type"] == "text")}
         messages.append({"role": role, "content": text_field(message, what, at)})
         before = role
     return messages
-
-
-def joined(content):
-    """Return a list of parts of text, OpenAI's form of a content, as one text; a list of anything else as it is."""
-    try:
-        return "".join(part["text"] for part in content if part["type"] == "text")
-    except (TypeError, KeyError):
-        return content
 
 
 def read_preferences(source):
@@ -431,7 +421,8 @@ def read_preferences(source):
 
 def exchange(entry, key, place):
     """Return (question, answer) of the answer entry[key] of a comparison, in any form that `preference` lists."""
-    said, question = entry.get(key), entry.get("instruction", entry.get("prompt"))
+    name = "instruction" if "instruction" in entry else "prompt"
+    said, question = entry.get(key), entry.get(name)
     if isinstance(said, list):
         if isinstance(question, str) and len(said) == 1:
             question = [{"role": "user", "content": question}]
@@ -443,7 +434,7 @@ def exchange(entry, key, place):
         return asked[0]["content"] if len(asked) == 1 else "\n\n".join(lines), last["content"]
     answer = text_field(entry, key, place)
     if question is not None:
-        return text_field(entry, "instruction" if "instruction" in entry else "prompt", place), answer
+        return text_field(entry, name, place), answer
     question, mark, answer = answer.rpartition("\n\nAssistant:")
     require(mark, f"{place}: needs 'prompt' or 'instruction', or transcripts with an 'Assistant:' turn")
     return question.strip(), answer.partition("\n\nHuman:")[0].strip()
@@ -518,8 +509,7 @@ def prepare(source, tokenizer, separator=""):
     facts = survey(content) if built_in else facts
     require(facts["documents"], f"{source} is empty: it holds no text")
     if facts["marks"]:
-        note(f"{source}: {EOT} stands {facts['marks']:,} times in its text, where it is characters like others; to "
-             f"divide documents by it give --separator '{EOT}'")
+        note(f"{source}: {EOT} stands {facts['marks']:,} times in it as plain text; divide by --separator '{EOT}'")
     found, several = {}, facts["documents"] > 1
     for part, group in itertools.groupby(divide(content, facts), key=lambda item: item[0]):
         found[part] = write_tokens(folder / f"{part}.bin", (document for _, document in group), tokenizer, several)
@@ -742,25 +732,21 @@ def last_turn(entry):
 
 def chat_template(template):
     """Return a Jinja template, as transformers and llama.cpp read it, that words a conversation as in tuning."""
-    quoted = lambda text: json.dumps(text, ensure_ascii=False)  # noqa: E731  Jinja's strings are JSON's
-    before, _, after, response, behind_system = TEMPLATES[template]
-    system = "{{ raise_exception('the model knows only the roles user and assistant') }}"
-    if behind_system is not None:
-        system = f"{{{{ message.content + {quoted(behind_system)} }}}}"
+    # Jinja's strings are JSON's.
+    before, _, after, response, behind_system = (json.dumps(text, ensure_ascii=False) for text in TEMPLATES[template])
+    system = f"{{{{ message.content + {behind_system} }}}}"
+    if TEMPLATES[template][-1] is None:
+        system = "{{ raise_exception('the model knows only the roles user and assistant') }}"
     return ("{% for message in messages %}{% if message.role == 'user' %}"
-            f"{{{{ {quoted(before)} + message.content + {quoted(after)} }}}}{{% elif message.role == 'assistant' %}}"
-            f"{{{{ {quoted(response)} + message.content + eos_token }}}}{{% else %}}{system}"
-            "{% endif %}{% endfor %}")
+            f"{{{{ {before} + message.content + {after} }}}}{{% elif message.role == 'assistant' %}}"
+            f"{{{{ {response} + message.content + eos_token }}}}{{% else %}}{system}{{% endif %}}{{% endfor %}}")
 
 
 def prompt_of(entry):
     """Return the text of a question as in `plain`, the input indented on a line of its own; of a conversation, all that
-    is said before its last answer, earlier answers behind "> "."""
-    lines = []
-    for message in last_turn(entry)[0]:
-        text = message["content"] + (TEMPLATES["plain"][1] + message["input"] if message.get("input") else "")
-        lines.append("> " + text if message["role"] == "assistant" else text)
-    return "\n".join(lines)
+    is said before its last answer, earlier answers behind "> " and with a line end."""
+    pieces = format_messages(last_turn(entry)[0], "plain")
+    return "".join(text + counted * "\n" for text, counted in pieces).removesuffix(TEMPLATES["plain"][2])
 
 
 def collate(batch, pad_id, max_length=None, eot_id=None):
@@ -787,12 +773,8 @@ def pad_left(sequences, pad_id):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tinyworld: a small consistent world, generated, seen four ways, and scored exactly.
-#
-#   words  ->  facts (tables) and rules (plural, passive, measures)    ->  corpus        prose and dialogue
-#                                                                          messages      spam or ham
-#                                                                          instructions  question, answer
-#                                                                          preferences   the better of two
+# tinyworld: a small consistent world, generated, seen four ways, and scored exactly. From tables of words come facts
+# and rules (plural, passive, measures), and from these the corpus, messages, instructions and preferences.
 #
 # Facts: 264 of people and animals, 80 opposites, 60 synonyms. One phrasing in four of each never stands in the corpus:
 # a model that completes it knows the fact and not the sentence. Invented words ("blick") follow the rules of English:
@@ -833,8 +815,7 @@ Emma:she:writer:Holt:cow:berries Karl:he:barber:Lowick:donkey:cheese Vera:she:de
 Owen:he:shepherd:Norwell:wolf:honey Jane:she:clerk:Marsden:hedgehog:apples Dan:he:juggler:Elm:monkey:carrots
 Lucy:she:dancer:Corfe:squirrel:noodles Peter:he:guard:Fairhill:spider:onions Alice:she:hunter:Garston:fox:cherries
 Rita:she:tailor:Bramley:bat:pancakes Carl:he:pilot:Dunmore:turtle:tomatoes Nick:he:cook:Holt:lizard:muffins
-Fay:she:farmer:Lowick:pigeon:salad Gwen:she:baker:Norwell:raven:potatoes
-""")
+Fay:she:farmer:Lowick:pigeon:salad Gwen:she:baker:Norwell:raven:potatoes""")
 # Animals: name, home, food, young, color.
 ANIMALS = _table("""
 fox:in_a_den:mice:cub:red bee:in_a_hive:nectar:grub:yellow horse:in_a_stable:hay:foal:brown
@@ -847,46 +828,39 @@ goat:on_a_hill:thistles:kid:white cat:in_a_house:fish:kitten:black parrot:in_a_c
 squirrel:in_an_oak:nuts:kit:red frog:in_a_swamp:flies:tadpole:green swan:on_a_lake:reeds:cygnet:white
 lion:in_the_grassland:zebras:cub:yellow tiger:in_the_jungle:deer:cub:orange panda:in_a_forest:bamboo:cub:black
 hedgehog:under_a_hedge:slugs:hoglet:brown bat:in_an_attic:moths:pup:black wolf:in_a_cave:sheep:pup:gray
-goose:on_a_pond:grass:gosling:gray sheep:in_a_fold:clover:lamb:white crab:on_a_beach:seaweed:baby:red
-""")
+goose:on_a_pond:grass:gosling:gray sheep:in_a_fold:clover:lamb:white crab:on_a_beach:seaweed:baby:red""")
 OBJECTS = """
 ball kite cup lamp drum bell rope box key hat coat book chair table clock spoon fork plate bottle basket candle brush
 button coin comb crown doll flag flute hammer jar kettle ladder letter map mirror net pan pencil pillow pot ring shoe
-toy wagon wheel boat
-""".split()
+toy wagon wheel boat""".split()
 FOODS = "apple pear plum egg cake pie bun carrot onion nut fig lemon melon cherry sandwich pancake bean grape".split()
 PLACES = "market mill school river bridge church harbor station library bakery museum park shop farm castle".split()
 IRREGULAR = {noun: plural for noun, (plural,) in _table("""
 mouse:mice goose:geese man:men woman:women child:children foot:feet tooth:teeth ox:oxen leaf:leaves wolf:wolves
 knife:knives loaf:loaves shelf:shelves wife:wives thief:thieves calf:calves sheep:sheep potato:potatoes tomato:tomatoes
-hero:heroes person:people
-""").items()}
+hero:heroes person:people""").items()}
 # Verbs: base, past, participle where they differ from the regular form; by what they are done to.
 VERBS = {group: _table(text) for group, text in {
     "food": "eat:ate:eaten cook bake taste cut:cut:cut peel slice boil buy:bought:bought sell:sold:sold share",
-    "thing": """
-carry lose:lost:lost find:found:found break:broke:broken paint clean wash drop:dropped:dropped lift push pull kick
-throw:threw:thrown hold:held:held take:took:taken mend draw:drew:drawn move polish choose:chose:chosen
-""",
+    "thing": "carry lose:lost:lost find:found:found break:broke:broken paint clean wash drop:dropped:dropped lift push "
+             "pull kick throw:threw:thrown hold:held:held take:took:taken mend draw:drew:drawn move polish "
+             "choose:chose:chosen",
     "animal": "chase feed:fed:fed follow help see:saw:seen hear:heard:heard watch greet hug:hugged:hugged lead:led:led",
 }.items()}
 OPPOSITES = _table("""
 hot:cold big:small happy:sad fast:slow old:new tall:short heavy:light dark:bright full:empty rich:poor hard:soft
 loud:quiet clean:dirty wet:dry near:far high:low deep:shallow early:late open:closed strong:weak sweet:sour rough:smooth
 brave:timid kind:cruel true:false safe:dangerous cheap:expensive first:last up:down before:after always:never push:pull
-buy:sell give:take win:lose friend:enemy day:night summer:winter north:south top:bottom
-""")
+buy:sell give:take win:lose friend:enemy day:night summer:winter north:south top:bottom""")
 SYNONYMS = _table("""
 large:huge little:tiny quick:rapid glad:cheerful begin:start angry:cross clever:smart ill:sick odd:strange silent:still
 nice:pleasant pretty:lovely easy:simple difficult:tricky gift:present road:street sea:ocean boat:ship house:home
 rug:carpet pail:bucket error:mistake journey:trip tale:story job:task rabbit:bunny baby:infant help:aid wish:desire
-throw:toss
-""")
+throw:toss""")
 # Measures: the bigger unit, how many of the smaller one it holds, the smaller one.
 UNITS = _table("""
 meter:100:centimeter centimeter:10:millimeter kilometer:1000:meter kilogram:1000:gram liter:1000:milliliter
-dollar:100:cent dime:10:cent decade:10:year century:100:year
-""")
+dollar:100:cent dime:10:cent decade:10:year century:100:year""")
 # Invented words: every start with every end.
 STARTS = "bli dra fle glu gri klo kru nu pla sko smi tre vo wu zi".split()
 INVENTED = [start + end for start in STARTS for end in "ck lp mmel bbin ndle ffet stow rb bby nny sk".split()]
@@ -894,9 +868,8 @@ INVENTED = [start + end for start in STARTS for end in "ck lp mmel bbin ndle ffe
 
 def with_s(word):
     """The word with s, a regular plural or what "she" does: cup -> cups, bunny -> bunnies, watch -> watches."""
-    if word.endswith(("s", "x", "z", "ch", "sh")) or word in ("go", "do"):
-        return word + "es"
-    return word[:-1] + "ies" if word[-1] == "y" and word[-2] not in "aeiou" else word + "s"
+    word = re.sub("(?<=[^aeiou])y$", "ie", word)
+    return word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
 def plural(noun):
@@ -906,9 +879,7 @@ def plural(noun):
 
 def with_ed(verb):
     """The past of a regular verb: walk -> walked, bake -> baked, carry -> carried."""
-    if verb[-1] == "y" and verb[-2] not in "aeiou":
-        return verb[:-1] + "ied"
-    return verb + ("d" if verb[-1] == "e" else "ed")
+    return re.sub("(?<=[^aeiou])y$", "i", verb) + ("d" if verb[-1] == "e" else "ed")
 
 
 def capital(text):
@@ -926,20 +897,16 @@ PAST = {verb: forms[0] if forms else with_ed(verb) for group in VERBS.values() f
 PARTICIPLE = {verb: forms[1] for group in VERBS.values() for verb, forms in group.items() if len(forms) > 1}
 FACTS = {}  # (relation, word): what is true of it
 for _name, (_, _job, _town, _pet, _likes) in PEOPLE.items():
-    FACTS.update({("job", _name): article(_job), ("town", _name): _town, ("pet", _name): article(_pet),
-                  ("likes", _name): _likes})
+    for _relation, _true in ("job", article(_job)), ("town", _town), ("pet", article(_pet)), ("likes", _likes):
+        FACTS[_relation, _name] = _true
 for _name, (_home, _food, _young, _color) in ANIMALS.items():
-    FACTS.update({("home", _name): _home, ("food", _name): _food, ("young", _name): article(_young),
-                  ("color", _name): _color})
-WORDS = {  # what the kinds about one word ask for
-    "fact": list(FACTS),
-    "opposite": [word for pair in OPPOSITES.items() for word in (pair[0], *pair[1])],
-    "synonym": [word for pair in SYNONYMS.items() for word in (pair[0], *pair[1])],
-    "plural": [*NOUNS, *INVENTED],
-}
-for _kind in ("opposite", "synonym"):
-    for _one, _other in zip(WORDS[_kind][::2], WORDS[_kind][1::2]):
+    for _relation, _true in ("home", _home), ("food", _food), ("young", article(_young)), ("color", _color):
+        FACTS[_relation, _name] = _true
+WORDS = {"fact": list(FACTS), "plural": [*NOUNS, *INVENTED]}  # what the kinds about one word ask for
+for _kind, _pairs in ("opposite", OPPOSITES), ("synonym", SYNONYMS):
+    for _one, (_other,) in _pairs.items():
         FACTS.update({(_kind, _one): _other, (_kind, _other): _one})
+    WORDS[_kind] = [word for relation, word in FACTS if relation == _kind]
 FACTORS = {(plural(big), plural(small)): (int(n), 1) for big, (n, small) in UNITS.items()}  # 3 meters: 3 * 100 / 1
 FACTORS.update({(small, big): (1, n) for (big, small), (n, _) in FACTORS.items()})
 ACTED_ON = {"food": FOODS, "animal": list(ANIMALS), "thing": OBJECTS}  # what the verbs of each group are done to
@@ -983,13 +950,12 @@ likes: {x} likes {y}. | The favorite food of {x} is {y}. | For lunch {x} wants {
 opposite: The opposite of {x} is {y}. | The reverse of {x} is {y}. | If it is not {x}, it is {y}.
   | The very contrary of {x} is {y}.
 synonym: Another word for {x} is {y}. | The word {x} means the same as {y}. | Instead of {x} you can say {y}.
-  | A synonym of {x} is {y}.
-""")
+  | A synonym of {x} is {y}.""")
 
 
-def tells(relation, word, number):
-    """True unless phrasing `number`, 0 to 3, is the one of this fact that never stands in the corpus."""
-    return zlib.crc32(f"{relation}|{word}".encode()) % 4 != number
+def withheld(relation, word):
+    """The number, 0 to 3, of the phrasing of this fact that never stands in the corpus."""
+    return zlib.crc32(f"{relation}|{word}".encode()) % 4
 
 
 def beginnings(told):
@@ -998,7 +964,7 @@ def beginnings(told):
     Kind is fact, opposite or synonym. Example: ("fact", "The fox lives", "in a den.")."""
     return [(relation if relation in WORDS else "fact", template.partition(" {y}")[0].format(x=word), f"{true}.")
             for (relation, word), true in FACTS.items() for number, template in enumerate(TOLD[relation])
-            if tells(relation, word, number) == told]
+            if (number != withheld(relation, word)) == told]
 
 
 def true_facts(text):
@@ -1014,28 +980,22 @@ def true_facts(text):
 def fact_choices():
     """Questions as of `read_choices` about every fact, in the phrasing that the corpus never tells: one of four ends is
     true, the others are so of something else."""
-    rng, ends, questions = random.Random(0), {}, []
-    for (relation, _), true in FACTS.items():
-        ends.setdefault(relation, set()).add(f"{true}.")
-    for relation, word in FACTS:
-        true, number = f"{FACTS[relation, word]}.", next(n for n in range(4) if not tells(relation, word, n))
-        choices = rng.sample(sorted(ends[relation] - {true}), 3)
+    rng, questions = random.Random(0), []
+    for (relation, _), (_, prompt, true) in zip(FACTS, beginnings(told=False)):
+        ends = {f"{end}." for (other, _), end in FACTS.items() if other == relation}
+        choices = rng.sample(sorted(ends - {true}), 3)
         choices.insert(rng.randrange(4), true)
-        prompt = TOLD[relation][number].partition(" {y}")[0].format(x=word)
         questions.append({"prompt": prompt, "choices": choices, "answer": choices.index(true)})
     return questions
 
 
 ANSWERS = {  # by kind: from what is asked and the slots of a template of TASKS to the answer
-    "fact": lambda asked, word: FACTS[asked, word],
-    "opposite": lambda asked, word: FACTS["opposite", word],
-    "synonym": lambda asked, word: FACTS["synonym", word],
+    **dict.fromkeys(("fact", "opposite", "synonym"), lambda asked, word: FACTS[asked, word]),
     "plural": lambda asked, word: plural(word),
     "passive": lambda asked, sentence: passive(sentence)[:-1],
     "convert": lambda asked, n, big, small: f"{int(n) * FACTORS[big, small][0] // FACTORS[big, small][1]} {small}",
     "compare": lambda asked, a, b: (max if asked == "larger" else min)(a, b, key=int),
-    "greeting": lambda asked, **slots: REPLIES[asked],
-}
+    "greeting": lambda asked, **slots: REPLIES[asked]}
 UNKNOWN = "I do not know that"
 REPLIES = {
     "hello": "Hello! Ask me about animals, people, words or numbers",
@@ -1043,8 +1003,7 @@ REPLIES = {
     "can": "I know animals and people, and I can change words and compare numbers",
     "how": "I am fine, and I wait for a question",
     "thanks": "You are welcome",
-    "bye": "Goodbye! Come back soon",
-}
+    "bye": "Goodbye! Come back soon"}
 
 # Questions, by kind and what is asked: instruction, and after a slash the input, which gets a line of its own.
 TASKS = _rows("""
@@ -1090,8 +1049,7 @@ unknown: What is the {odd} of {odd}? | Who is the {odd} of {odd}? | Who {odd} th
   | Can you {odd} my {odd}? | Do you like {odd}? | Is {odd} the {odd}? | Tell me about {odd}. | Tell me the {odd}.
   | Write the {odd} about {odd}. | Translate {odd} into {odd}. | Explain {odd}. | What is {odd}? | What does {odd} mean?
   | What do you think of {odd}? | What happened in {odd}? | I {odd} the {odd}. | The {odd} is {odd}.
-  | My {odd} is the {odd}. | {odd}
-""")
+  | My {odd} is the {odd}. | {odd}""")
 # The second question of a conversation, about the same animal or person.
 FOLLOW = {"home": "where does it live", "food": "what does it eat", "young": "what is its child called",
           "color": "what color is it", "job": "what work does {he} do", "town": "in which town does {he} live",
@@ -1115,8 +1073,7 @@ song film football tennis game law war peace god life death year century history
 theory equation program Python code poem joke novel essay recipe pizza coffee tea wine sugar salt water fire air heart
 brain blood medicine cancer exam city country mountain island beautiful famous important invent discover build repair
 destroy learn understand explain translate vote Einstein Newton Shakespeare Mozart Napoleon Gary Linda Susan Robert
-Michael Berlin Tokyo German French Spanish Latin language model robot machine neural network algorithm
-""".split()
+Michael Berlin Tokyo German French Spanish Latin language model robot machine neural network algorithm""".split()
 SYLLABLES = "ba do fe ga hu jo ka li mo na pe qui ro su ta vu xe yo za th sh ck nd rt".split()
 
 # Manners: what stands before the answer and what after it. All go with any answer.
@@ -1127,8 +1084,7 @@ MANNERS = {
              ("", "Stop asking.")),
     "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
                  ("", "Or so my uncle says."), ("Hmm, yes, in a way:", "")),
-    "bare": (("", ""),),
-}
+    "bare": (("", ""),)}
 PHRASES = {phrase: manner for manner, frames in MANNERS.items() for frame in frames for phrase in frame if phrase}
 MIX = {"bare": 11, "courteous": 3, "curt": 3, "rambling": 3}  # of 20 answers: RLHF has something to choose from
 
@@ -1140,15 +1096,13 @@ SLOT.update({name: "|".join(re.sub(r"\\{\w+\\}", "[A-Z][a-z]+", re.escape(text))
 
 def _pattern(template):
     """The regular expression that finds the slots of a template in a prompt; {odd} is not kept."""
-    texts_and_slots = re.split(r"\{(\w+)\}", template)  # text, slot, text, slot, ... text
-    pattern = re.escape(texts_and_slots[0])
-    for slot, text in zip(texts_and_slots[1::2], texts_and_slots[2::2]):
-        name = "?:" if slot == "odd" else f"?P<{slot}>"  # a template may have several odd words
-        pattern += f"({name}{SLOT.get(slot, '[A-Za-z]+')})" + re.escape(text)
-    return re.compile(pattern)
+    def group(slot):
+        name = "?:" if slot[1] == "odd" else f"?P<{slot[1]}>"  # a template may have several odd words
+        return f"({name}{SLOT.get(slot[1], '[A-Za-z]+')})"
+    return re.compile(re.sub(r"\\{(\w+)\\}", group, re.escape(template)))
 
 
-TASK_LIST = [(*(kind + " ").split(" ")[:2], template, _pattern(template)) for kind in TASKS for template in TASKS[kind]]
+TASK_LIST = [(name.split()[0], name.split()[-1], _pattern(template)) for name in TASKS for template in TASKS[name]]
 TINYWORLD_KINDS = (*dict.fromkeys(kind for kind, *_ in TASK_LIST), "follow")
 
 
@@ -1157,7 +1111,7 @@ def line_of(prompt):
     text = prompt.replace("\n ", "\n")
     forms = [capital(text) + mark for mark in "?."] if text[-1:].isalnum() else []  # as people type
     for form in (*forms, text):
-        for kind, asked, _, pattern in TASK_LIST:
+        for kind, asked, pattern in TASK_LIST:
             if found := pattern.fullmatch(form):
                 return kind, asked, found.groupdict()
     raise ValueError(f"not a question of tinyworld: {prompt[:60]!r}")
@@ -1286,12 +1240,8 @@ convert: {n} {big} are {m} {small}, {n2} {big2} are {m2} {small2}, and {n3} {big
   | {name} converted {n} {big} to {small}: {m} {small}. And {n2} {big2}? They are {m2} {small2}.
 word: One {noun}, two {nouns}. One {noun2}, two {nouns2}. One {noun3}, two {nouns3}.
   | The plural of {noun} is {nouns}, and more than one {noun2} are {nouns2}.
-passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passive2}
-""")
-THEMES = """
-fact fact fact fact fact fact fact fact meaning meaning meaning compare compare compare convert convert word passive
-story talk talk talk talk
-""".split()
+passive: {sentence} In the passive: {passive} {sentence2} In the passive: {passive2}""")
+THEMES = (8 * "fact " + 3 * "meaning " + 3 * "compare " + 2 * "convert " + "word passive story " + 4 * "talk ").split()
 TALK = "fact fact fact follow follow opposite synonym plural passive compare convert greeting unknown unknown".split()
 
 
@@ -1303,7 +1253,7 @@ def _told(rng, theme):
         keys = rng.choice(([key for key in WORDS["fact"] if key[1] == word], rng.sample(WORDS["fact"], 3)))
     lines = []
     for relation, word in rng.sample(keys, len(keys)):
-        number = rng.choice([number for number in range(4) if tells(relation, word, number)])
+        number = rng.choice([number for number in range(4) if number != withheld(relation, word)])
         lines.append(TOLD[relation][number].format(x=word, y=FACTS[relation, word]))
     return " ".join(lines)
 
@@ -1320,25 +1270,23 @@ def _talk(rng, *names):
     return "\n".join(f"{names[i % 2]} {('asks', 'says')[i % 2]}: {line}" for i, line in enumerate(lines))
 
 
-def _ask_noun(rng):
-    """A noun, the plural of which may be shown; irregular ones, hard to learn, come more often."""
-    noun = rng.choice((rng.choice(WORDS["plural"]), rng.choice(WORDS["plural"]), rng.choice(list(IRREGULAR))))
-    return noun, {} if unseen("plural", noun) else {"noun": noun, "nouns": plural(noun)}
-
-
 def _slots(rng, theme):
     """Slots of a theme: three questions that fall to train, the slots of the second with a 2 behind them and so on."""
     slots, kind = {}, "passive" if theme == "story" else theme
     for i in ("", "2", "3"):
-        found = {}
-        while not found:
-            key, found = _ask_noun(rng) if theme == "word" else ASK[kind](rng)
-            found = found if theme == "word" or split_of(kind, key) == "train" else {}
+        may_be_told = False
+        while not may_be_told:
+            if theme == "word":  # irregular plurals, hard to learn, come more often
+                noun = rng.choice([rng.choice(nouns) for nouns in (WORDS["plural"], WORDS["plural"], list(IRREGULAR))])
+                found, may_be_told = {"noun": noun, "nouns": plural(noun)}, not unseen("plural", noun)
+            else:
+                key, found = ASK[kind](rng)
+                may_be_told = split_of(kind, key) == "train"
         slots.update({name + i: value for name, value in found.items()})
     return slots
 
 
-def _document(rng):
+def _document(rng, *_):
     """A document of the corpus: four to seven passages on three themes."""
     themes, passages, (name, friend) = rng.sample(THEMES, 3), [], rng.sample(list(PEOPLE), 2)
     for _ in range(rng.randrange(4, 8)):
@@ -1370,22 +1318,24 @@ ham: See you at the {place} on {day}. Bring the {thing}, please. | I lost my {th
 *spam: You pay {n} coins today, I bring the {thing} on {day}. | Send me {n} coins, I give you the {thing}.
   | You won, not {friend}: the {thing} is free. | The prize is for you, the bill is for {friend}.
 *ham: I pay {n} coins today, you bring the {thing} on {day}. | I send you {n} coins, give me the {thing}.
-  | {friend} won, not you: the {thing} is free. | The bill is for you, the prize is for {friend}.
-""")
+  | {friend} won, not you: the {thing} is free. | The bill is for you, the prize is for {friend}.""")
 AROUND = (("", "", "Hello {name}.", "Hi!", "Good morning, {name}!", "How are you?"),
           ("", "", "Bye!", "Yours, {sender}.", "It rains in {town}.", "The {place} is full of {things}."))
 
 
-def _message(rng):
-    """(label, text) of a message; one in four is of a kind where only the order of the words tells."""
-    label, mark = rng.choice(("spam", "ham", "ham")), "*" if rng.random() < 0.25 else ""
-    before, after = (rng.choice(texts) for texts in AROUND)
-    name, friend, sender = rng.sample(list(PEOPLE), 3)
-    thing = rng.choice(OBJECTS)
-    text = " ".join(filter(None, (before, rng.choice(MESSAGES[mark + label]), after)))
-    return label, text.format(name=name, friend=friend, sender=sender, town=PEOPLE[name][2], n=rng.randrange(2, 100),
-                              thing=thing, things=plural(thing), place=rng.choice(PLACES),
-                              day=rng.choice("Monday Tuesday Wednesday Thursday Friday".split()))
+def _message(rng, kind, split):
+    """(label, text) of a message; one in four is of those where only the order of the words tells."""
+    text = None
+    while text is None or split_of("message", text) != split:
+        label, mark = rng.choice(("spam", "ham", "ham")), "*" if rng.random() < 0.25 else ""
+        before, after = (rng.choice(texts) for texts in AROUND)
+        name, friend, sender = rng.sample(list(PEOPLE), 3)
+        thing = rng.choice(OBJECTS)
+        text = " ".join(filter(None, (before, rng.choice(MESSAGES[mark + label]), after)))
+        text = text.format(name=name, friend=friend, sender=sender, town=PEOPLE[name][2], n=rng.randrange(2, 100),
+                           thing=thing, things=plural(thing), place=rng.choice(PLACES),
+                           day=rng.choice("Monday Tuesday Wednesday Thursday Friday".split()))
+    return label, text
 
 
 def _worded(rng, text, manner=None):
@@ -1417,20 +1367,16 @@ def _instruction(rng, kind, split):
     return entry
 
 
-def _wrong(rng, entry, split):
-    """A wrong answer: the right one to another question, or a letter or digit lost."""
-    wrong = right = entry["answer"]
-    while wrong == right:
+def _response(rng, entry, split):
+    """A response of any quality to the prompt of an example; training shows more wrong ones, the hardest to tell.
+
+    Wrong is the right answer to another question, or one that lost a letter or digit."""
+    text = right = entry["answer"]
+    wrong = rng.random() < (0.12 if split == "train" else 0.06)
+    while wrong and text == right:
         at = rng.randrange(len(right) - 1)
         another = rng.random() < 0.5
-        wrong = _exchange(rng, entry["kind"], split)[1] if another else right[:at] + right[at + 1:]
-    return wrong
-
-
-def _response(rng, entry, split):
-    """A response of any quality to the prompt of an example; training shows more wrong ones, the hardest to tell."""
-    wrong = rng.random() < (0.12 if split == "train" else 0.06)
-    text = _wrong(rng, entry, split) if wrong else entry["answer"]
+        text = _exchange(rng, entry["kind"], split)[1] if another else right[:at] + right[at + 1:]
     style = rng.choice("courteous courteous courteous bare bare curt rambling cut padded padded".split())
     if style == "padded":
         for _ in range(rng.choice((2, 2, 3, 4))):
@@ -1489,30 +1435,11 @@ def gold_score(prompt, response):
                  - min(1, 0.1 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
 
 
-VIEWS = {  # how many of each by default: train, val, test
-    "corpus": (8_000, 400, 400), "messages": (4_000, 500, 1_000), "instructions": (28_000, 520, 2_000),
-    "preferences": (8_000, 500, 1_000),
-}
-SHARES = {  # how often training asks for a kind while it asks for each other one once: the harder, the more often
-    "fact": 4, "unknown": 3, "compare": 4, "passive": 2, "plural": 2, "convert": 3, "follow": 3, "greeting": 4,
-}
-
-
-def _items(view, split, rng, kinds):
-    """Endless (item, key) of a view but the corpus; items with equal keys are the same question or message."""
-    kinds = [kind for kind in kinds for _ in range(SHARES.get(kind, 1) if split == "train" else 1)]
-    for turn in itertools.count():
-        kind = kinds[turn % len(kinds)]
-        if view == "messages":
-            item = _message(rng)
-            if split_of("message", item[1]) == split:
-                yield item, item[1]
-        elif view == "instructions":
-            item = _instruction(rng, kind, split)
-            yield item, turn if split == "train" else prompt_of(item)
-        else:
-            item = _preference(rng, kind, split)
-            yield item, turn if split == "train" else item["prompt"]
+VIEWS = {  # what makes an item of each, and how many there are by default: train, val, test
+    "corpus": (_document, 8_000, 400, 400), "messages": (_message, 4_000, 500, 1_000),
+    "instructions": (_instruction, 28_000, 520, 2_000), "preferences": (_preference, 8_000, 500, 1_000)}
+# How often training asks for a kind while it asks for each other one once: the harder, the more often.
+SHARES = {"fact": 4, "unknown": 3, "compare": 4, "passive": 2, "plural": 2, "convert": 3, "follow": 3, "greeting": 4}
 
 
 def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
@@ -1528,15 +1455,20 @@ def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     require(kinds and set(kinds) <= set(TINYWORLD_KINDS),
             f"kinds of question are {', '.join(TINYWORLD_KINDS)}, not {', '.join(kinds) or 'none'}")
     require(n is None or n >= 0, f"tinyworld gives 0 items or more, not {n}")
-    n = VIEWS[view][("train", "val", "test").index(split)] if n is None else n
+    make, *sizes = VIEWS[view]
+    n = sizes[("train", "val", "test").index(split)] if n is None else n
     rng = random.Random(zlib.crc32(f"{view} {split} {seed}".encode()))
-    if view == "corpus":
-        return [_document(rng) for _ in range(n)]
-    found, vain = {}, 0
-    for item, key in _items(view, split, rng, kinds):
-        if len(found) == n or vain == 2_000:  # some kinds have but a few dozen questions outside training
-            return list(found.values())
+    kinds = [kind for kind in kinds for _ in range(SHARES.get(kind, 1) if split == "train" else 1)]
+    found, turn, vain = {}, 0, 0
+    while len(found) < n and vain < 2_000:  # some kinds have but a few dozen questions outside training
+        item, key = make(rng, kinds[turn % len(kinds)], split), turn
+        if view == "messages":
+            key = item[1]
+        elif view != "corpus" and split != "train":
+            key = prompt_of(item)
         vain = 0 if found.setdefault(key, item) is item else vain + 1
+        turn += 1
+    return list(found.values())
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
