@@ -22,8 +22,10 @@ ANSWERS = {  # by hand
     "Hello!": "Hello! Ask me about animals, people, words or numbers.",
     "Who are you?": "I am a very small language model.",
     "What is the capital of France?": "I do not know that.",
-    "Where does the dinosaur live?": "I do not know that.",
 }
+# Animals of which neither corpus nor tuning has the name as an animal's.
+NEW = """dinosaur hippo kangaroo ostrich robin trout moose otter koala octopus dolphin butterfly ant worm zebra snake mosquito
+gorilla walrus peacock""".split()
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,14 @@ def tiny():
 
 
 def test_the_model_in_assets_is_small_and_answers(tiny):
-    """At most 3 MB; thirteen questions of ten kinds, answered right whatever the courtesy around it."""
+    """At most 3 MB; twelve questions of ten kinds, answered right whatever the courtesy around it; and of two questions
+    about each of twenty animals that it never met, 38 of 40 get "I do not know that." (39 when it was made)."""
     assert TINY.stat().st_size <= 3_000_000
     answers = finetune_sft.respond(*tiny[:2], list(ANSWERS), "plain")
     assert [strip_manner(answer) for answer in answers] == list(ANSWERS.values())
+    asked = [question.format(name) for name in NEW for question in ("Where does the {} live?", "What does the {} eat?")]
+    said = [strip_manner(answer) for answer in finetune_sft.respond(*tiny[:2], asked, "plain")]
+    assert said.count("I do not know that.") >= 38
 
 
 def test_it_follows_up(tiny):
