@@ -605,7 +605,11 @@ def test_the_published_windows_of_the_verdict(gpt2_tokenizer, real_data):
 @pytest.mark.parametrize("length", [1, 2, 4, 5])
 def test_windows_cover_every_token_once_at_stride_equal_to_context(length, stride):
     """For any count of tokens: each target follows its context; at stride = context each token but the first is a
-    target exactly once, at a smaller stride at least once; full windows are those of a plain loop."""
+    target exactly once, at a smaller stride at least once; full windows are those of a plain loop. Too few tokens are
+    told with both numbers and the flag to change."""
+    with pytest.raises(ValueError, match=f"have {length} tokens, need at least {length + 1} .*--context_length"):
+        data.SlidingWindowDataset(torch.arange(length), length, stride)
+    assert len(data.SlidingWindowDataset(torch.arange(length + 1), length, stride)) == 1
     for n in range(length + 1, 40):
         tokens = torch.arange(n) + 1000
         windows = data.SlidingWindowDataset(tokens, length, stride)
@@ -625,13 +629,6 @@ def test_windows_cover_every_token_once_at_stride_equal_to_context(length, strid
             assert len(windows) == len(full)
         for index in range(len(windows)):
             assert all(one.equal(row) for one, row in zip(windows[index], (ids[index], targets[index])))
-
-
-def test_too_few_tokens_for_a_window_say_how_many_are_needed():
-    """The message holds both numbers and the flag to change."""
-    with pytest.raises(ValueError, match="have 8 tokens, need at least 9 .*--context_length"):
-        data.SlidingWindowDataset(torch.arange(8), 8, 8)
-    assert len(data.SlidingWindowDataset(torch.arange(9), 8, 8)) == 1
 
 
 def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_fix_and_by_length_saves_padding():
