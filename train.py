@@ -109,6 +109,7 @@ class Config(Options):
     n_layers: int = option(0, "blocks, 0 = the architecture's", low=0)
     n_heads: int = option(0, "heads, 0 = the architecture's", low=0)
     max_steps: int = option(800, "updates, 0 = no limit", low=0)
+    eval_every: int = option(400, "steps between evaluations, 0 = only at the end", low=0)
     warmup_steps: int = option(50, "steps from 0 up to the peak rate", low=0)
     learning_rate: float = option(1.2e-2, "peak; AdamW 1e-3; at GPT-2's sizes Muon 2e-3, AdamW 6e-4", low=0)
     optimizer: str = option("muon", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
@@ -434,23 +435,19 @@ class Progress:
 
 
 class Stop:
-    """True once Ctrl-C, SIGTERM or SIGHUP came, in any process. A second Ctrl-C or SIGTERM does its usual work."""
+    """True once Ctrl-C or SIGTERM came, in any process. A second signal does its usual work."""
 
     def __init__(self):
         self.signal, self.previous = 0, {}
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread, which signals do not reach
-                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
-                    self.previous[number] = signal.signal(number, self.receive)
+                self.previous[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         """Note the signal; the loop looks at the end of the step."""
         self.signal = number
-        if number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.previous[number])
-            print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
-        else:  # the terminal was closed: it cannot be printed to, and the signal may come twice
-            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+        signal.signal(number, self.previous[number])
+        print("\nstopping after this step (once more to stop at once)", file=sys.stderr)
 
     def __bool__(self):
         if all_sum(int(self.signal)):
@@ -1097,7 +1094,7 @@ def main(argv=None):
     """Run the command line and return its exit status."""
     own = " separator tokenizer model emb_dim n_layers n_heads prompt sample_tokens"
     return run_script(__doc__, Config, {
-        "train": Command(train, TRAINING + own, parallel=True, defaults={"eval_every": 400}),
+        "train": Command(train, TRAINING + own, parallel=True),
         "evaluate": Command(evaluate, "checkpoint data separator task context_length device dtype debug"),
         "report": Command(report, "out_dir debug", defaults={"out_dir": "out"})}, argv, adjust=default_rate)
 

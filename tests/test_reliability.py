@@ -71,17 +71,17 @@ INPUTS = table("""
 13 status 404 or 500 -> data::a_download_that_fails_leaves_nothing_under_its_name
 14 login page with status 200 -> data::a_download_that_fails_leaves_nothing_under_its_name
 15 body cut -> data::a_download_that_fails_leaves_nothing_under_its_name
-16 file:// and ftp:// -> data::only_web_addresses_are_downloaded
+16 file:// and ftp:// -> data::a_download_that_fails_leaves_nothing_under_its_name
 17 zip with members that lead out -> data::of_a_zip_only_the_expected_member_is_read
 18 zip bomb, no zip, cut zip -> data::of_a_zip_only_the_expected_member_is_read
 19 JSON of another form -> data::bad_input_is_one_line_that_names_the_place
 20 one bad line of JSONL -> data::bad_input_is_one_line_that_names_the_place
 21 NaN, doubled keys, surrogates in JSON -> data::bad_input_is_one_line_that_names_the_place
-    data::half_a_character_in_json_is_replaced
+    data::labelled_text_reads_alike_from_three_formats
 22 open quote, short row, NUL in CSV -> data::bad_input_is_one_line_that_names_the_place
 23 unknown label, one class only -> finetune_cls::bad_rows_are_named_and_nothing_is_left_behind
     finetune_cls::mistakes_get_one_line
-24 text shorter than a window -> data::too_few_tokens_for_a_window_say_how_many_are_needed
+24 text shorter than a window -> data::windows_cover_every_token_once_at_stride_equal_to_context
 25 empty validation part -> a_validation_part_without_a_window_is_refused
 26 id above 65,535 -> data::large_vocabularies_get_32_bits
 27 token file empty, odd, cut -> damage_to_any_file_is_found_before_it_is_used

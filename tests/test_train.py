@@ -8,9 +8,8 @@ import io
 import json
 import math
 import os
-import re
 import signal
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -530,30 +529,6 @@ def test_without_a_tokenizer_the_error_is_the_one_command_to_type(text, capsys):
     assert train.main(argv) == 1
     command = capsys.readouterr().err.partition("make it with: python tokenizer.py ")[2].split()
     assert tok.main([*command, "--vocab_size", "260"]) == 0 and train.main(argv) == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="a GPU's threads survive no fork")
-def test_a_closed_terminal_saves_and_stops(text):
-    """Status 129 and a state that was saved, though nothing can be printed; what nohup starts goes on."""
-    import pty
-    argv, status, printed = ["--data", text, *TINY, "--max_steps", "100000", "--log_every", "1"], 99, b""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        try:
-            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # the terminal, not pytest's file
-            status = train.main([*argv, "--save_every", "0"])
-        finally:
-            os._exit(status)
-    while b"step 3/" not in printed:
-        printed += os.read(terminal, 4096)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
-    assert train.read_state("out/pretrain/state.pt")["step"] >= 3
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = train.Stop()
-    assert signal.SIGHUP not in stop.previous and signal.SIGTERM in stop.previous
-    stop.release()
-    signal.signal(signal.SIGHUP, before)
 
 
 def test_changed_data_is_refused_on_resume(text, capsys):
