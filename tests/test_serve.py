@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 import finetune_sft as sft
@@ -397,16 +398,17 @@ def test_another_address_is_listened_at_and_said_to_be_open(server, capsys, tmp_
 
 @pytest.mark.slow
 def test_the_command_says_its_address_and_ctrl_c_ends_it(tmp_path, tokenizer):
-    """The address is where it answers; status 0, and nothing on stderr."""
+    """The address is where it answers; status 0, and nothing on stderr but the line of the request."""
     gpt.save_checkpoint(tmp_path / "own.safetensors", recite(tokenizer, SAID), tokenizer)
     command = [sys.executable, ROOT / "finetune_sft.py", "serve", "--checkpoint", "own.safetensors", "--port", "0"]
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": ""}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
-    socket.create_connection(("127.0.0.1", port)).close()
+    assert requests.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "own"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert out.split() == ["stopped"] and err == "" and process.returncode == 0
+    assert out.split() == ["stopped"] and process.returncode == 0
+    assert err.endswith('"GET /v1/models HTTP/1.1" 200 -\n') and err.count("\n") == 1
 
 
 @pytest.mark.peer
