@@ -94,6 +94,7 @@ class GELU(nn.GELU):
         super().__init__("none" if exact else "tanh")
 
     def by_steps(self, x):
+        """Return the same as `forward`."""
         if self.approximate == "none":
             return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -198,6 +199,7 @@ class GPTModel(nn.Module):
 
     @property
     def device(self):
+        """The device that the weights are on."""
         return self.tok_emb.weight.device
 
     def embed(self, ids, positions):

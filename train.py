@@ -835,8 +835,9 @@ def start_model(config):
     elif config.tokenizer == "gpt2" or Path(config.tokenizer).exists():
         tokenizer = load_tokenizer(config.tokenizer)
     else:
+        flags = shlex.join(["--data", config.data, "--out_dir", str(Path(config.tokenizer).parent)])
         raise FileNotFoundError(f"--tokenizer {config.tokenizer} does not exist; make it with: python tokenizer.py "
-                                f"train --data {config.data} --out_dir {Path(config.tokenizer).parent}")
+                                f"train {flags}")
     sizes = {"vocab_size": tokenizer.vocab_size, "drop_rate": config.drop_rate}
     for name in ("context_length", "emb_dim", "n_layers", "n_heads"):
         sizes[name] = getattr(config, name) or getattr(GPT_CONFIGS[config.model], name)

@@ -686,8 +686,7 @@ def test_real_records_have_their_published_counts(real_data, monkeypatch):
 
 
 def test_labelled_text_reads_alike_from_three_formats(tmp_path):
-    """Tab-separated, CSV and JSONL give the same pairs; quotes and tabs inside a text are kept. Half a character in JSON,
-    which would fail at the next write, is replaced; whole pairs and other text are untouched."""
+    """Tab-separated, CSV and JSONL give the same pairs; quotes and tabs inside a text are kept."""
     (tmp_path / "a.tsv").write_text('label\ttext\nham\tsay "hi\tyou\nspam\tWin, now\n\n')
     (tmp_path / "a.csv").write_text('text,id,label\n"say ""hi\tyou",1,ham\n"Win, now",2,spam\n')
     (tmp_path / "a.jsonl").write_text('{"label": "ham", "text": "say \\"hi\\tyou"}\n{"label": "spam", "text": "Win, now"}')
@@ -701,6 +700,10 @@ def test_labelled_text_reads_alike_from_three_formats(tmp_path):
     assert data.read_labelled("b.csv") == [("ham", "x" * 135_000)]
     with pytest.raises(ValueError, match="line 3: label 'spam'; the model knows ham, eggs"):
         data.read_labelled("a.tsv", ["ham", "eggs"])
+
+
+def test_half_a_character_in_json_is_replaced(tmp_path):
+    """A lone surrogate would fail at the next write; whole pairs and other text are untouched."""
     (tmp_path / "c.jsonl").write_text('{"instruction": "a\\ud83dz \\ud83d\\ude42 \\ufffd", "output": "b"}')
     assert data.read_conversations("c.jsonl")[0]["messages"][0]["content"] == "a\ufffdz 🙂 \ufffd"
 

@@ -77,7 +77,7 @@ INPUTS = table("""
 19 JSON of another form -> data::bad_input_is_one_line_that_names_the_place
 20 one bad line of JSONL -> data::bad_input_is_one_line_that_names_the_place
 21 NaN, doubled keys, surrogates in JSON -> data::bad_input_is_one_line_that_names_the_place
-    data::labelled_text_reads_alike_from_three_formats
+    data::half_a_character_in_json_is_replaced
 22 open quote, short row, NUL in CSV -> data::bad_input_is_one_line_that_names_the_place
 23 unknown label, one class only -> finetune_cls::bad_rows_are_named_and_nothing_is_left_behind
     finetune_cls::mistakes_get_one_line

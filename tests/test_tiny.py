@@ -23,9 +23,11 @@ ANSWERS = {  # by hand
     "Who are you?": "I am a very small language model.",
     "What is the capital of France?": "I do not know that.",
 }
-# Animals of which neither corpus nor tuning has the name as an animal's.
-NEW = """dinosaur hippo kangaroo ostrich robin trout moose otter koala octopus dolphin butterfly ant worm zebra snake mosquito
-gorilla walrus peacock""".split()
+# None of these is an animal of this world; some are food in it.
+NEW = """
+dinosaur hippo kangaroo ostrich robin trout moose otter koala octopus dolphin butterfly ant worm zebra snake mosquito
+gorilla walrus peacock
+""".split()
 
 
 @pytest.fixture(scope="module")
