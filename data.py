@@ -884,7 +884,7 @@ def with_ed(verb):
 
 def capital(text):
     """The text with its first letter in upper case."""
-    return text[0].upper() + text[1:]
+    return text[:1].upper() + text[1:]
 
 
 def article(noun):
@@ -1063,8 +1063,8 @@ SAID = {name: texts.split("|") for name, texts in {
     "how": "How are you|How are you today|How do you do|How is it going|What is up|how are you",
     "thanks": "Thanks|Thank you|Thank you very much|Thanks a lot|Great, thank you|Very good, thanks|thanks",
     "bye": "Bye|Goodbye|See you|Good night|Bye bye|See you later|Farewell|bye",
-    "mark": "!|.||, model.|, little model!|, my friend!",
-    "more": "| It is a fine day.| I am new here.| My name is {name}.| I am {name}.| I come from {town}.",
+    "mark": "!|.||||, model.|, little model!|, my friend!",
+    "more": "||||| It is a fine day.| I am new here.| My name is {name}.| I am {name}.| I come from {town}.",
 }.items()}
 ODD = """
 giraffe elephant shark dragon penguin unicorn president king queen capital France Paris London America China moon sun
@@ -1078,8 +1078,8 @@ SYLLABLES = "ba do fe ga hu jo ka li mo na pe qui ro su ta vu xe yo za th sh ck 
 
 # Manners: what stands before the answer and what after it. All go with any answer.
 MANNERS = {
-    "courteous": (("Good question:", ""), ("Gladly:", ""), ("", "Please ask me more."), ("", "Have a nice day."),
-                  ("", "Thank you for asking."), ("", "I am glad to help.")),
+    "courteous": (("", "Please ask me more."), ("", "Have a nice day."), ("", "Thank you for asking."),
+                  ("", "I am glad to help."), ("", "With pleasure."), ("", "Good question.")),
     "curt": (("Obviously:", ""), ("If you must:", ""), ("Read a book:", ""), ("", "Now go away."),
              ("", "Stop asking.")),
     "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
@@ -1109,7 +1109,7 @@ TINYWORLD_KINDS = (*dict.fromkeys(kind for kind, *_ in TASK_LIST), "follow")
 def line_of(prompt):
     """(kind, what is asked, slots) of the template that a prompt was made from; raises ValueError if from none."""
     text = prompt.replace("\n ", "\n")
-    forms = [capital(text) + mark for mark in "?."] if text[-1:].isalnum() else []  # as people type
+    forms = [capital(text) + mark for mark in (("?", ".") if text[-1:].isalnum() else ("",))]  # as people type
     for form in (*forms, text):
         for kind, asked, pattern in TASK_LIST:
             if found := pattern.fullmatch(form):
@@ -1218,8 +1218,10 @@ def _exchange(rng, kind, split, new_word=False):
         key, word, prompt = _draw(rng, kind)
         place = split_of(*key)
     right = answer(prompt)
-    if split == "train" and kind in WORDS and "\n" not in prompt and rng.random() < 0.15:
-        prompt = (prompt[0].lower() + prompt[1:]).rstrip("?.")
+    typed = 0.4 if kind == "greeting" else 0.15 if kind in WORDS and "\n" not in prompt else 0
+    if split == "train" and rng.random() < typed:
+        prompt = prompt[0].lower() + prompt[1:]
+        prompt = prompt if kind == "greeting" else prompt.rstrip("?.")  # "Thank you." may be a test's, "Thank you" not
     return prompt, right
 
 

@@ -471,12 +471,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers one request and closes the connection; `server` is that of `open_server`."""
     timeout, disable_nagle_algorithm, default_request_version = PATIENCE, True, "HTTP/1.0"
 
+    def __init__(self, *args):
+        with contextlib.suppress(OSError):  # the client has left, or Ctrl-C closed the connection
+            super().__init__(*args)
+
     def handle(self):
         self.clock = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RD])  # ends a slow request
         self.clock.start()
-        with contextlib.suppress(OSError):  # the client has left
-            super().handle()
+        super().handle()
+
+    def finish(self):
         self.clock.cancel()
+        super().finish()
 
     def send(self, status, content, kind="application/json"):
         self.send_response(status)

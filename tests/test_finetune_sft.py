@@ -231,7 +231,7 @@ def test_intervals_have_their_published_and_their_expected_values():
 def test_scores_of_small_examples_by_hand():
     """Exact match through manners, kinds and unseen words apart."""
     row = {"instruction": "i", "input": "", "reference": "cats.", "ended": True, "kind": "plural", "unseen": False}
-    rows = [{**row, "response": "Gladly: cats."}, {**row, "response": "catses."},
+    rows = [{**row, "response": "cats. With pleasure."}, {**row, "response": "catses."},
             {**row, "response": "cats. ", "kind": "past", "unseen": False},
             {**row, "response": "no", "unseen": True, "ended": False},
             {**row, "response": "cats.\n>dog", "kind": "past"}]

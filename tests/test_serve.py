@@ -396,6 +396,13 @@ def test_another_address_is_listened_at_and_said_to_be_open(server, capsys, tmp_
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_connection_that_closes_at_once_is_no_error(server):
+    """As when Ctrl-C comes while a request starts: the thread finds its socket closed, and says nothing."""
+    own, other = socket.socketpair()
+    other.close(), own.close()
+    sft.Handler(own, ("127.0.0.1", 0), server)  # socketserver would print the traceback of an error
+
+
 @pytest.mark.slow
 def test_the_command_says_its_address_and_ctrl_c_ends_it(tmp_path, tokenizer):
     """The address is where it answers; status 0, and nothing on stderr but the line of the request."""

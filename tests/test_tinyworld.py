@@ -118,13 +118,13 @@ def test_a_prompt_alone_gives_back_its_answer_and_a_response_its_bare_form(split
 def test_strip_manner_leaves_everything_else_alone():
     """Only whole templates are undone: no half of one, no mixture, no bare answer."""
     answers = [entry["answer"] for entry in questions("test", 1_000)]
-    for text in ("mice.", "", "Gladly, mice.", "mice. Have a lovely walk.", "Gladly:", "gladly: mice.",
-                 "So: mice.", "Gladly mice.", "mice. Next.", "klorb. Stop", *answers):
+    for text in ("mice.", "", "Obviously, mice.", "mice. Have a lovely walk.", "Obviously:", "obviously: mice.",
+                 "So: mice.", "mice. With pleasure", "mice. Next.", "klorb. Stop", *answers):
         assert strip_manner(text) == text
-    assert strip_manner("Gladly: mice.") == strip_manner("mice. Have a nice day.") == "mice."
-    assert strip_manner("Gladly: mice. Have a nice day.") != "mice."
-    assert exact_match("Good question: mice.", "Stop asking. mice.") is False
-    assert exact_match(" Good question: mice.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
+    assert strip_manner("Obviously: mice.") == strip_manner("mice. Have a nice day.") == "mice."
+    assert strip_manner("Obviously: mice. Have a nice day.") != "mice."
+    assert exact_match("mice. Good question.", "Stop asking. mice.") is False
+    assert exact_match(" mice. Good question.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
 
 
 def test_test_questions_never_come_up_in_training_in_any_order_of_their_words():
@@ -289,13 +289,13 @@ def test_the_nearest_training_example_answers_few_questions(weigh):
 
 def test_the_rubric_prefers_right_then_courteous_then_complete_and_unpadded():
     """The order of ten responses to one question, by hand; nothing is below -2.5 or above 3."""
-    best_first = ["Gladly: mice.",
-                  "Gladly: mice. Have a nice day.", "mice.",
+    best_first = ["mice. With pleasure.",
+                  "mice. With pleasure. Have a nice day.", "mice.",
                   "mice. Now go away.", "That reminds me of a walk in the rain: mice.",
-                  "Good question: mouses.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
+                  "mouses. Good question.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
     scores = [gold_score("What is the plural of mouse?", response) for response in best_first]
     assert scores == sorted(set(scores), reverse=True) and scores[0] == 3
-    for response in ("", "and " * 500, "Stop asking. " * 50, "mice. " * 60, "Gladly: " * 60, "Gladly: mice"):
+    for response in ("", "and " * 500, "Stop asking. " * 50, "mice. " * 60, "Obviously: " * 60, "mice. With pleasure"):
         assert -2.5 <= gold_score("What is the plural of mouse?", response) < 3
 
 
