@@ -46,7 +46,7 @@ sft: $(OUT)/sft/summary.json ## answer instructions: 2.5 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
-lora: $(OUT)/lora/summary.json ## the same with LoRA adapters: 0.5 min
+lora: $(OUT)/lora/summary.json ## classify them with LoRA adapters of rank 8: 0.5 min
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 1 --batch_size 16 $(AGAIN) $(ARGS)
 

@@ -251,12 +251,14 @@ def files_of(source):
             note_once(f"{root}: {len(found):,} text files; {others:,} files of other kinds are not read")
         return found
     require(root.is_file() and ending(root) not in (".csv", ".tsv", ".json"),
-            f'{root} is no file of text; records go into a .jsonl file, a line {{"text": ...}} each')
+            f'{root} holds records; for pretraining put them into a .jsonl file, a line {{"text": ...}} each')
     return [root]
 
 
 def mixed(source, separator=""):
-    """Yield pieces of the sources of `a:0.3,b:0.7`, each with its share of the characters, until one runs out."""
+    """Yield pieces of the sources of `a:0.3,b:0.7`, each with its share of the characters, until one runs out.
+
+    The sources take turns after about 4,000 characters, so that an end of text stands behind each piece."""
     parts = [re.fullmatch(r"\s*(.*?)(?::([\d.]+))?\s*", item).groups("1") for item in source.split(",")]
     streams = [itertools.chain.from_iterable(documents(name, separator)) for name, _ in parts]
     weights = [float(weight) for _, weight in parts]
@@ -399,7 +401,8 @@ def conversation(entry, place="entry"):
         require(isinstance(message, dict), f"{at}: expected an object, got {type(message).__name__}")
         role = ROLES.get(text_field(message, who, at))
         require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
-        require(role in FOLLOWS[before], f"{at}: the {role} speaks {before and 'after the '}{before or 'first'}, "
+        place_of = f"after the {before}" if before else "first"
+        require(role in FOLLOWS[before], f"{at}: the {role} speaks {place_of}, "
                 f"expected {' or '.join(FOLLOWS[before])}")
         if isinstance(message.get(what), list):
             with suppress(TypeError, KeyError):  # parts of text, OpenAI's form of a content; else it stays a list
@@ -499,7 +502,8 @@ def prepare(source, tokenizer, separator=""):
     vocabulary = json_sha256({**tokenizer.to_dict(), "made": "", "sha256": ""})  # where it comes from changes no token
     folder = PREPARED / json_sha256([facts["sha256"], vocabulary])[:16]
     try:
-        load_tokens(folder / "train.bin"), load_tokens(folder / "val.bin")
+        load_tokens(folder / "train.bin")
+        load_tokens(folder / "val.bin")
         return folder
     except FileNotFoundError:
         pass
@@ -916,7 +920,7 @@ PLURALS = {plural(noun) for noun in NOUNS} - {*NOUNS}
 
 
 def unseen(kind, word):
-    """True where tuning never asks for a word in this kind: every second animal and person, one in eight other words.
+    """True where tuning never asks for a word in this kind: about half of the animals and people, one in eight others.
 
     The corpus tells their facts all the same, but shows no plural of an unseen word, which are all invented."""
     if kind == "fact":
@@ -1079,7 +1083,7 @@ SYLLABLES = "ba do fe ga hu jo ka li mo na pe qui ro su ta vu xe yo za th sh ck 
 # Manners: what stands before the answer and what after it. All go with any answer.
 MANNERS = {
     "courteous": (("", "Please ask me more."), ("", "Have a nice day."), ("", "Thank you for asking."),
-                  ("", "I am glad to help."), ("", "With pleasure."), ("", "Good question.")),
+                  ("", "I am glad to help."), ("", "With pleasure."), ("", "It was a pleasure.")),
     "curt": (("Obviously:", ""), ("If you must:", ""), ("Read a book:", ""), ("", "Now go away."),
              ("", "Stop asking.")),
     "rambling": (("Well, let me think:", ""), ("That reminds me of a walk in the rain:", ""),
@@ -1221,7 +1225,7 @@ def _exchange(rng, kind, split, new_word=False):
     typed = 0.4 if kind == "greeting" else 0.15 if kind in WORDS and "\n" not in prompt else 0
     if split == "train" and rng.random() < typed:
         prompt = prompt[0].lower() + prompt[1:]
-        prompt = prompt if kind == "greeting" else prompt.rstrip("?.")  # "Thank you." may be a test's, "Thank you" not
+        prompt = prompt if kind == "greeting" else prompt.rstrip("?.")  # without its mark it may be one of the test's
     return prompt, right
 
 
@@ -1370,15 +1374,16 @@ def _instruction(rng, kind, split):
 
 
 def _response(rng, entry, split):
-    """A response of any quality to the prompt of an example; training shows more wrong ones, the hardest to tell.
+    """A response of any quality to the prompt of an example; training has more wrong ones, the hardest to tell.
 
-    Wrong is the right answer to another question, or one that lost a letter or digit."""
+    Wrong is the right answer to another question, a needless "I do not know that." too, or one that lost a letter."""
     text = right = entry["answer"]
     wrong = rng.random() < (0.12 if split == "train" else 0.06)
     while wrong and text == right:
         at = rng.randrange(len(right) - 1)
         another = rng.random() < 0.5
-        text = _exchange(rng, entry["kind"], split)[1] if another else right[:at] + right[at + 1:]
+        kind = rng.choice((entry["kind"], entry["kind"], "unknown", "fact"))  # needless refusals, invented facts
+        text = _exchange(rng, kind, split)[1] if another else right[:at] + right[at + 1:]
     style = rng.choice("courteous courteous courteous bare bare curt rambling cut padded padded".split())
     if style == "padded":
         for _ in range(rng.choice((2, 2, 3, 4))):
@@ -1433,21 +1438,23 @@ def gold_score(prompt, response):
     spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[1:]
     padding = sum(len(phrase.split()) for phrase in spare) + max(0, len(core.split()) - len(right.split()))
     curt = "curt" in (PHRASES[phrase] for phrase in phrases)
-    return round(2 * (core == right or core.startswith(right + " ")) + (-0.5 if curt else float(bool(courtesies)))
-                 - min(1, 0.1 * padding) - (not response.strip().endswith((".", "!", "?"))), 2)
+    truth = 2.0 if core == right or core.startswith(right + " ") else 0.0
+    tone = -0.5 if curt else 1.0 if courtesies else 0.0
+    unended = 0.0 if response.strip().endswith((".", "!", "?")) else 1.0
+    return round(truth + tone - min(1.0, 0.1 * padding) - unended, 2)
 
 
 VIEWS = {  # what makes an item of each, and how many there are by default: train, val, test
     "corpus": (_document, 8_000, 400, 400), "messages": (_message, 4_000, 500, 1_000),
     "instructions": (_instruction, 28_000, 520, 2_000), "preferences": (_preference, 8_000, 500, 1_000)}
-# How often training asks for a kind while it asks for each other one once: the harder, the more often.
+# Weight of each kind among training's questions, 1 where it is not listed: harder kinds get more.
 SHARES = {"fact": 4, "unknown": 3, "compare": 4, "passive": 2, "plural": 2, "convert": 3, "follow": 3, "greeting": 4}
 
 
 def tinyworld(view, split, n=None, seed=0, kinds=TINYWORLD_KINDS):
     """A list of n items of a view of the built-in world: "corpus", "messages", "instructions" or "preferences".
 
-    Fewer where there are no n different questions outside training. corpus: documents. messages: (label, text).
+    Outside training all questions differ, so there may be fewer. corpus: documents. messages: (label, text).
     instructions: dicts with instruction, input, output, answer (bare), kind, manner, unseen, and messages where there
     are earlier turns. preferences: dicts with prompt, response_1, response_2, preferred, gold (both scores), kind,
     unseen. The same arguments give the same list everywhere; no question or message of one split comes up in another,

@@ -72,8 +72,7 @@ class Config(AdapterOptions):
     text: list = option((), "the messages")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages and model
+# Messages and model ---------------------------------------------------------------------------------------------------
 
 
 def dedup_key(row):
@@ -228,8 +227,7 @@ def choose_trained(model, config):
     return n_frozen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures and training
+# Figures and training -------------------------------------------------------------------------------------------------
 
 
 def figures_of(logits, messages, info):
@@ -324,7 +322,7 @@ def train(config):
     order = functools.partial(order_by_length, messages.lengths, config.batch_size, config.seed)
     forward = torch.compile(class_logits, dynamic=True) if config.compile else class_logits
     with open_run(config, model, optimizers, progress, total, mark, "classification") as (folder, stop):
-        if progress.step == 0 and config.eval_every:
+        if progress.step == 0:
             evaluate_and_save(folder, model, tokenizer, info, val_messages, progress, total, n_frozen, context)
         for indices in batches(len(rows[0]), config, progress, total, order):  # 1. each epoch  2. each batch
             clock = time.monotonic()
@@ -365,8 +363,7 @@ def train(config):
     return summary
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Use
+# Use ------------------------------------------------------------------------------------------------------------------
 
 
 def load_classifier(path, device="cpu"):
@@ -412,7 +409,8 @@ def classify(config):
     gpt.check_utf8(*config.text)
     model, tokenizer, info = load_classifier(config.checkpoint, gpt.pick_device(config.device))
     lines = iter(config.text) if config.text else input_lines(config.file)
-    while texts := list(itertools.islice(lines, config.batch_size)):
+    typed = not config.text and config.file == "-" and sys.stdin and sys.stdin.isatty()  # label each line at once
+    while texts := list(itertools.islice(lines, 1 if typed else config.batch_size)):
         probabilities, cut = classify_texts(texts, model, tokenizer, info)
         for text, row, was_cut in zip(texts, probabilities.tolist(), cut):
             label, shares = info["labels"][row.index(max(row))], dict(zip(info["labels"], (round(p, 6) for p in row)))

@@ -1,6 +1,6 @@
 """Instruction fine-tuning: a model that continues text learns to answer, and its answers are scored.
 
-    python finetune_sft.py                     the built-in questions on out/pretrain's model: 173 s on 2 cores
+    python finetune_sft.py                     the built-in questions on out/pretrain's model
     python finetune_sft.py --data instructions --init gpt2-medium --batch_size 8 --epochs 2     the book's run, on a GPU
     python finetune_sft.py respond --prompt "What is the plural of fox?"
     python finetune_sft.py chat                talk to it; /help lists what else it takes
@@ -92,7 +92,10 @@ def load_model(config, source, made_by="python finetune_sft.py"):
 def load_entries(config, *parts):
     """Return a list of entries for each named part of --data: train, val, test, all."""
     if config.data == "tinyworld":
-        return [tinyworld("instructions", part, part == "train" and config.examples or None) for part in parts]
+        names, most = ("train", "val", "test") if "all" in parts else parts, {"train": config.examples or None}
+        found = {part: tinyworld("instructions", part, most.get(part)) for part in names}
+        found["all"] = sum(found.values(), [])
+        return [found[part] for part in parts]
     entries = read_conversations(config.data)
     opening = lambda entry: prompt_of({"messages": entry["messages"][:2]})  # noqa: E731, its answer is learned as well
     train, val, test = split(entries, group=opening)
@@ -446,7 +449,7 @@ def send_answer(handler, reply, fields, model, tokenizer, prompt):
     generator.seed() if fields["seed"] is None else generator.manual_seed(fields["seed"])
     most = fields["max_completion_tokens"] or fields["max_tokens"]
     sampling = {"temperature": round(fields["temperature"], 6), "top_p": fields["top_p"], "generator": generator,
-                "top_k": fields["top_k"] and min(fields["top_k"], model.config.vocab_size)}
+                "top_k": fields["top_k"]}
     if fields["stream"]:
         handler.send(200, b"", "text/event-stream")
     for index in range(fields["n"]):
@@ -757,9 +760,10 @@ def chat(config):
             elif word == "/system":
                 messages = [{"role": "system", "content": rest}] if rest else []
             elif word == "/temperature":
-                gpt.check_sampling(sys.maxsize, float(rest), None, None, None, None)
+                gpt.check_sampling(float(rest), None, None, None, None)
                 config.temperature = float(rest)
             elif word == "/model":
+                gpt.require(rest, "/model needs the path of a checkpoint")
                 met, messages = meet(config, rest), []
             else:
                 raise ValueError(f"unknown command {word}; /help lists them")

@@ -255,12 +255,12 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 # Generation -----------------------------------------------------------------------------------------------------------
 
-def check_sampling(vocab_size, temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens=0, num_samples=1):
+def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens=0, num_samples=1):
     """Raise ValueError for an option outside its range."""
     require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
     require(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
     require(temperature == 0 or 1e-6 <= temperature < math.inf, f"temperature must be 0 or >= 1e-6, not {temperature}")
-    require(top_k is None or 1 <= top_k <= vocab_size, f"top_k must lie between 1 and {vocab_size}, not {top_k}")
+    require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
     require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")
     require(min_p is None or 0 <= min_p <= 1, f"min_p must lie between 0 and 1, not {min_p}")
     require(repetition_penalty is None or 0 < repetition_penalty < math.inf,
@@ -299,7 +299,7 @@ def generate_steps(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_
     """Yield the next token of every row, (B * num_samples,), step by step; arguments as in `generate`."""
     require(torch.is_tensor(ids) and ids.ndim == 2, "prompts are token ids (B, T); for one prompt: torch.tensor([ids])")
     (B, T), context, V = ids.shape, model.config.context_length, model.config.vocab_size
-    check_sampling(V, temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, num_samples)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, num_samples)
     require(T > 0 and ((ids >= 0) & (ids < V)).all(), f"a prompt needs at least one token, with ids from 0 to {V - 1}")
     fits = mask is None or mask.shape == ids.shape and bool((mask[:, -1] == 1).all())
     require(fits, "mask needs the prompts' shape, and 1 in its last column: padding is on the left")
@@ -596,6 +596,15 @@ def read_checkpoint(path):
     return tensors, config, tokenizer, info
 
 
+def read_config(name_or_path):
+    """Return the GPTConfig of a published size or of a language model's file."""
+    if name_or_path in GPT_CONFIGS:
+        return GPT_CONFIGS[name_or_path]
+    _, config, _, info = read_checkpoint(name_or_path)
+    require(info["kind"] == "gpt", f"{name_or_path} is a {info['kind']}, not a language model")
+    return config
+
+
 @torch.no_grad()
 def copy_weights(model, tensors, path):
     """Return `model` with named tensors copied in (a tied head may be missing), or ValueError and nothing copied."""
@@ -624,7 +633,7 @@ def load_checkpoint(name_or_path, device="cpu"):
     tensors, config, tokenizer, info = read_checkpoint(name)
     require(info["kind"] != "reward", f"{name} is a reward model, not a language model")
     head = tensors.get("out_head.weight") if info["kind"] == "classifier" else None
-    model = empty_model(config, 0 if head is None else head.shape[:1].numel())
+    model = empty_model(config, 0 if head is None else head.shape[:1].numel())  # as len(head), 1 for a damaged scalar
     return copy_weights(model, tensors, name).to(device).eval(), tokenizer, info
 
 
@@ -647,7 +656,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def keep_freed_memory():
-    """Let glibc's malloc keep freed blocks, as the next step needs the same ones: GPT-2 trains in 0.9 of the time."""
+    """Let glibc's malloc keep freed blocks, as the next step needs the same ones: 10% less time to train GPT-2."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap, not from mmap
@@ -658,7 +667,7 @@ def explain(error):
     """Return an error as one line: cause and, where it is known, the remedy."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "alloc" in text and "memory" in text:
-        return "out of memory; lower --batch_size or --context_length, or raise --accumulate"
+        return "out of memory; give smaller numbers, as of --batch_size or --context_length, or a smaller model"
     if isinstance(error, ImportError) and error.name:
         name, ours = error.name.split(".")[0], "gpt tokenizer data lora gpt2_weights train finetune_cls finetune_sft"
         remedy = f"copy {name}.py beside this file" if name in ours.split() else f"pip install --upgrade {name}"
@@ -737,7 +746,7 @@ def check_utf8(*words):
 def generate_command(args):
     """Continue a prompt, token by token on the screen as they are drawn."""
     try:
-        check_sampling(sys.maxsize, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+        check_sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
                        args.max_new_tokens, args.num_samples)
         require(0 <= args.seed < 2**63, f"seed must be at least 0 and below 2^63, not {args.seed}")
     except ValueError as error:
@@ -750,13 +759,12 @@ def generate_command(args):
     require(ids[0] is not None, "an empty prompt needs a tokenizer with an end-of-text token; give --prompt")
     if len(ids) > context:
         print(f"note: of the prompt's {len(ids)} tokens the model sees only the last {context}", file=sys.stderr)
-    top_k = args.top_k and min(args.top_k, model.config.vocab_size)
     generator = torch.Generator(device=model.device).manual_seed(args.seed)
     prompt, before = torch.tensor([ids], device=model.device), len(tokenizer.decode(ids))
     for _ in range(args.num_samples):
         print(args.prompt, end="", flush=True)
-        steps = generate_steps(model, prompt, args.max_new_tokens, args.temperature, top_k, args.top_p, args.min_p,
-                               args.repetition_penalty, tokenizer.eot_id, generator=generator)
+        steps = generate_steps(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                               args.min_p, args.repetition_penalty, tokenizer.eot_id, generator=generator)
         new_ids = (int(step) for step in steps if int(step) != tokenizer.eot_id)
         for piece in stream_text(lambda new: tokenizer.decode(ids + new)[before:], new_ids, args.stop):
             print(piece, end="", flush=True)
@@ -765,7 +773,7 @@ def generate_command(args):
 
 def info_command(args):
     """Print the layers, parameters, memory and work of a model."""
-    config = GPT_CONFIGS[args.model] if args.model in GPT_CONFIGS else read_checkpoint(args.model)[1]
+    config = read_config(args.model)
     print(f"{args.model}: {config}\n\n{empty_model(config, device='meta')}\n")
     print(f"{'':<14}{'parameters':>14}{'MB':>10}{'training GB':>13}{'cache KB/token':>16}{'GFLOP/token':>13}")
     for name, size in {"this model": config, "gpt2, no bias": GPTConfig(), **GPT_CONFIGS}.items():

@@ -564,7 +564,7 @@ def export_command(args):
         raise argparse.ArgumentError(None, "--format gguf, an --out that ends in .gguf and --dtype belong together")
     exported = there.with_name("config.json").exists() and there.resolve() != Path(args.source).resolve()
     if os.path.isfile(args.out) or there.exists() and not exported:
-        raise argparse.ArgumentError(None, f"--out {args.out} is there and no earlier export; give another --out")
+        raise argparse.ArgumentError(None, f"--out {args.out} exists; give another --out")
     model, tokenizer, info = load_checkpoint(args.source)
     template = chat_template(info["template"]) if "template" in info else None
     if gguf:

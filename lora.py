@@ -42,7 +42,7 @@ import torch.nn.functional as F
 HEADS = {"out_head", "lm_head", "score", "classifier"}  # output layers, which "all-linear" leaves alone, as PEFT does
 PREFIX = "base_model.model."  # in front of every name in PEFT's files
 GPT2_NAMES = {"qkv": "attn.c_attn", "out_proj": "attn.c_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}  # in a block
-# What PEFT's configs may hold. Other values change the base too, as PiSSA and LoRA-GA do, other switches the result.
+# What PEFT's configs may hold. Other values change the base weights too (PiSSA, LoRA-GA), other switches the result.
 KNOWN_VALUES = {"bias": (None, "none"),
                 "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica")}
 KNOWN_OPTIONS = {"use_rslora", "fan_in_fan_out", "inference_mode", "target_modules", "exclude_modules", "rank_pattern",
@@ -358,9 +358,8 @@ def load_lora(model, folder, any_base=False):
 
 def info_command(args):
     """Print what adapters cost on a model: trained numbers, file (4 bytes each), gradients and AdamW's moments (12)."""
-    from gpt import GPT_CONFIGS, empty_model, read_checkpoint
-    config = GPT_CONFIGS[args.checkpoint] if args.checkpoint in GPT_CONFIGS else read_checkpoint(args.checkpoint)[1]
-    model = empty_model(config, device="meta")
+    from gpt import empty_model, read_config
+    model = empty_model(read_config(args.checkpoint), device="meta")
     layers, total = select_layers(model, args.lora_targets), sum(parameter.numel() for parameter in model.parameters())
     counts = {"all weights": total}
     for rank in args.lora_rank:
@@ -410,7 +409,7 @@ def main(argv=None):
     return run(__doc__, {
         "info": (info_command, {
             "--checkpoint": dict(default="gpt2", help="a file, or the name of a size, whose weights are not needed"),
-            "--lora_rank": dict(type=int, nargs="+", default=[4, 8, 32], help="a row for each rank (default 4 8 32)"),
+            "--lora_rank": dict(type=int, nargs="+", default=[4, 8, 32], help="a row for each rank"),
             "--lora_targets": dict(default="all-linear", help="layers with adapters, or ends of names as qkv,fc1")}),
         "merge": (merge_command, {
             "--checkpoint": dict(default="out/pretrain/model.safetensors", help="the base: a file, or gpt2, ..."),

@@ -94,8 +94,7 @@ class Config(AdapterOptions):
     ratings: str = option("out/ratings/ratings.jsonl", "the file that is appended to; train on it by --data")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics: pure functions of tensors
+# The mathematics: pure functions of tensors ---------------------------------------------------------------------------
 # B responses, R tokens of the longest one, V vocabulary. `mask` (B, R) is 1 from a response's first token to its stop
 # token and 0 after it; what stands there changes nothing. Log-probabilities, KL and losses are in nats.
 
@@ -258,8 +257,7 @@ def group_advantages(scores, group, kind="group"):
     return advantages.flatten()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models, data, rewards
+# Models, data, rewards ------------------------------------------------------------------------------------------------
 
 
 def response_states(model, ids, mask, R):
@@ -293,17 +291,17 @@ class RewardModel(nn.Module):
     It starts as N(0, 1/sqrt(C + 1)), so that scores, gain * head + bias, spread by about 1. Source: Stiennon et al.
     2020, appendix B.1."""
 
-    def __init__(self, gpt, head="linear"):
+    def __init__(self, model, head="linear"):
         super().__init__()
-        C = gpt.config.emb_dim
-        self.gpt, self.head_kind, self.config = gpt, head, gpt.config  # which a checkpoint stores
+        C = model.config.emb_dim
+        self.gpt, self.head_kind, self.config = model, head, model.config  # which a checkpoint stores
         self.head = nn.Linear(C + 1 if head == "likelihood" else C, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(C + 1))
         nn.init.zeros_(self.head.bias)
         if head == "likelihood":
             nn.init.constant_(self.head.weight[:, C:], 0.2)
-        elif not gpt.config.tie_weights:
-            gpt.out_head.requires_grad_(False)  # is not read
+        elif not model.config.tie_weights:
+            model.out_head.requires_grad_(False)  # is not read
         if head == "mlp":
             self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), self.head)
         self.register_buffer("gain", torch.ones(()))
@@ -335,9 +333,9 @@ class Policy(nn.Module):
     """A GPT with a value head that starts at 0: ids, mask (B, P + R) -> logits (B, R, V), values (B, R) of the states
     before each response token: what comes next, and the reward expected from there on."""
 
-    def __init__(self, gpt):
+    def __init__(self, model):
         super().__init__()
-        self.gpt, weight = gpt, gpt.tok_emb.weight
+        self.gpt, weight = model, model.tok_emb.weight
         self.value_head = nn.utils.skip_init(nn.Linear, weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -563,7 +561,7 @@ def load_reward(config, device, pairs=(), required=True):
         return lambda prompts, responses: [gold_score(*both) for both in zip(prompts, responses)]
     if name == "exact":
         known = {pair["prompt"]: pair for pair in pairs}
-        if rubric(right, known.values(), known) is None:
+        if rubric(right, known.values(), [""] * len(known)) is None:
             raise ValueError(f"--reward exact needs the right answer as `output` in each entry of --data {config.data}")
         return lambda prompts, responses: [right(known[prompt], text) for prompt, text in zip(prompts, responses)]
     if not module or name.endswith(".safetensors"):
@@ -580,8 +578,7 @@ def load_reward(config, device, pairs=(), required=True):
         sys.path.remove(os.getcwd())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three loops: reward model; PPO and GRPO; DPO
+# The three loops: reward model; PPO and GRPO; DPO ---------------------------------------------------------------------
 
 Measure = namedtuple("Measure", "reference reward tokenizer config")  # what a policy is measured with
 
@@ -967,8 +964,7 @@ def evaluate_pairs(folder, model, reference, pairs, tokenizer, progress, config,
               ("loss", "val_loss", "val_rewards/accuracies", "val_rewards/margins"), **sums)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation on held-out prompts, rating by a person, the command line
+# Evaluation on held-out prompts, rating by a person, the command line -------------------------------------------------
 
 
 @torch.no_grad()
@@ -1157,7 +1153,8 @@ def adjust(word, config):
 
 
 TRAINED = f"{TRAINING} lora_rank lora_alpha lora_dropout lora_targets split_seed response_length temperature"
-POLICY = (f"{TRAINED} reward no_stop_penalty kl_coef kl_target kl_horizon max_approxkl ptx_coef ppo_epochs minibatches "
+QUIET = TRAINED.replace(" drop_rate", "").replace(" lora_dropout", "")  # probability ratios must be 1 at the start
+POLICY = (f"{QUIET} reward no_stop_penalty kl_coef kl_target kl_horizon max_approxkl ptx_coef ppo_epochs minibatches "
           "clip_range clip_high group eval_prompts test_prompts")
 SEEN = "data init split_seed response_length temperature seed device debug checkpoint"
 JUDGE = "test_prompts judge judge_model judge_examples"
@@ -1168,8 +1165,8 @@ COMMANDS = {
     "reward": Command(train_reward, f"{TRAINED} head eval_prompts", defaults=dict(
         out_dir="out/reward", epochs=1, batch_size=32, eval_every=125)),
     "ppo": Command(train_policy, f"{POLICY} vf_coef lam", defaults=dict(
-        out_dir="out/ppo", max_steps=100, eval_every=50)),
-    "dpo": Command(train_dpo, f"{TRAINED} loss beta label_smoothing reward test_prompts", defaults=dict(
+        out_dir="out/ppo", max_steps=80, eval_every=40)),
+    "dpo": Command(train_dpo, f"{QUIET} loss beta label_smoothing reward test_prompts", defaults=dict(
         out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100)),
     "grpo": Command(train_policy, f"{POLICY} advantage", defaults=dict(
         out_dir="out/grpo", max_steps=100, eval_every=20, group=8, advantage="group")),

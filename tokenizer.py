@@ -56,8 +56,7 @@ BYTE_IDS = bytes(sorted(range(256), key=BYTES.__getitem__))  # byte -> token id
 BYTE_NAMES = [chr(byte) for byte in PRINTABLE] + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words and characters
+# Words and characters -------------------------------------------------------------------------------------------------
 
 
 def clean(text):
@@ -186,8 +185,7 @@ class CharTokenizer(ListTokenizer):
         return cls([*sorted(characters), *(SPECIALS if specials else ())])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Byte pairs
+# Byte pairs -----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -361,12 +359,6 @@ class BPETokenizer(Tokenizer):
         """Return the bytes as text; those that are not UTF-8, as of half a character, become U+FFFD."""
         return b"".join(pieces).decode("utf-8", "replace")
 
-    def export_gpt2_files(self, directory):
-        """Write `vocab.json` and `merges.txt`, which Hugging Face's GPT-2 tokenizer loads; special tokens included."""
-        os.makedirs(directory, exist_ok=True)
-        write_file(Path(directory, "vocab.json"), json.dumps({**self.names, **self.specials}, ensure_ascii=False))
-        write_file(Path(directory, "merges.txt"), "\n".join(["#version: 0.2", *self.merges, ""]))
-
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's 50,257 tokens by tiktoken, which downloads them once and keeps them in $TIKTOKEN_CACHE_DIR."""
@@ -386,8 +378,7 @@ class GPT2Tokenizer(Tokenizer):
     encode_ordinary, join = BPETokenizer.encode_ordinary, BPETokenizer.join
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and commands
+# Files and commands ---------------------------------------------------------------------------------------------------
 
 
 def write_file(path, text):
@@ -499,7 +490,8 @@ def train(args):
         if not args.resume:
             raise argparse.ArgumentError(None, f"{path} exists: --resume keeps it, --fresh moves it aside")
         saved = load_tokenizer(path).info
-        table = [f"{key}: saved {saved.get(key)}, given {info[key]}" for key in info if saved.get(key) != info[key]]
+        table = [f"{key}: saved {saved.get(key)}, given {info.get(key)}" for key in {**info, **saved}
+                 if saved.get(key) != info.get(key)]
         if table:
             raise argparse.ArgumentError(None, f"{path} has other options ({'; '.join(table)}); --fresh moves it aside")
         return print(f"{path} is there, made with the same options")

@@ -1,6 +1,6 @@
 """Pretraining: teach a GPT to predict the next token. The other training scripts import their machinery from here.
 
-    python train.py                                        the built-in world, tiny model: 279 s on 2 busy cores
+    python train.py                                        the built-in world, tiny model
     python train.py --data my.txt --tokenizer gpt2 --model gpt2 --batch_size 8    your own text, GPT-2's size
     python train.py --resume                               continue a run that was stopped; Ctrl-C saves first
     python train.py evaluate --checkpoint out/pretrain/model.safetensors --data my.txt
@@ -43,8 +43,7 @@ from gpt import GPT_CONFIGS, GPTModel, pick_device, replacing, require, write_js
 from tokenizer import CharTokenizer, WordTokenizer, load_tokenizer
 from torch.nn.utils import clip_grad_norm_
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options: a dataclass lists them, a field is a flag
+# Options: a dataclass lists them, a field is a flag -------------------------------------------------------------------
 
 
 def option(default, help, choices=None, low=None, high=None):
@@ -55,7 +54,6 @@ def option(default, help, choices=None, low=None, high=None):
 @dataclass
 class Options:
     """The options that mean the same in every training script; a script's Config changes defaults and adds its own."""
-
     data: str = option("tinyworld", "a name that `data.py list` shows, a file, a folder, or a mixture a:0.3,b:0.7")
     init: str = option("scratch", "start from: scratch, gpt2 ... gpt2-xl, or a checkpoint file")
     out_dir: str = option("out/pretrain", "the folder to write to")
@@ -78,7 +76,7 @@ class Options:
     patience: int = option(0, "stop after so many evaluations without a better one, 0 = never", low=0)
     seed: int = option(1234, "of all random numbers", low=0, high=2**31 - 1)
     device: str = option("auto", "auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps")
-    dtype: str = option("auto", "of matrix products; auto = bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "of matrix products; auto = bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile: a minute at the start, faster steps on a GPU")
     resume: bool = option(False, "continue the run in out_dir, or start it where there is none")
     fresh: bool = option(False, "move the run in out_dir aside and start anew")
@@ -92,7 +90,6 @@ TRAINING = " ".join(field.name for field in dataclasses.fields(Options) if field
 @dataclass
 class AdapterOptions(Options):
     """The options of scripts that can train LoRA adapters instead of the weights."""
-
     lora_rank: int = option(0, "train adapters of this rank instead of the weights, 0 = off; 8 is usual", low=0)
     lora_alpha: float = option(32.0, "an adapter's update is multiplied by alpha / rank", low=1e-6)
     lora_dropout: float = option(0.1, "dropout on an adapter's input", low=0, high=0.99)
@@ -102,7 +99,6 @@ class AdapterOptions(Options):
 @dataclass
 class Config(Options):
     """The options of pretraining."""
-
     tokenizer: str = option("out/tokenizer/tokenizer.json", "a tokenizer file, gpt2, or char or word to make one")
     model: str = option("tiny", "architecture", choices=tuple(GPT_CONFIGS))
     emb_dim: int = option(0, "channels, 0 = the architecture's", low=0)
@@ -122,7 +118,6 @@ class Config(Options):
 
 class Command(NamedTuple):
     """A word of the command line: the function of a Config that it calls, and the flags that this function reads."""
-
     function: Callable
     flags: str  # names of Config's fields, separated by spaces
     parallel: bool = False  # whether torchrun may start it in several processes
@@ -210,7 +205,8 @@ def launch(config, command, parallel):
         return
     if not parallel:
         raise ArgumentError(None, f"{command} runs in one process; start it without torchrun")
-    on_gpu, local = pick_device(config.device).type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if ":" in config.device or config.device == "mps" or on_gpu and local > torch.cuda.device_count():
         raise ArgumentError(None, f"--device {config.device}: {local} processes; start one per GPU with --device cuda, "
                                   "or give --device cpu")
@@ -262,8 +258,7 @@ def sum_gradients(model):
         parameter.grad = grad.view_as(parameter)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model, optimizers, schedule, loss
+# Model, optimizers, schedule, loss ------------------------------------------------------------------------------------
 
 
 def load_start(config, default_command, kinds=("gpt",)):
@@ -409,8 +404,7 @@ def next_token_loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=gpt.IGNORE, reduction="sum")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's folder: refuse, lock, save, resume
+# A run's folder: refuse, lock, save, resume ---------------------------------------------------------------------------
 
 STATE_FORMAT = 2  # the first edition's states have 1
 RUN_FILES = ("state.pt", "model.safetensors", "summary.json", "metrics.jsonl")
@@ -420,23 +414,24 @@ FREE = {"resume", "fresh", "debug", "log_every", "save_every", "out_dir", "comma
 @dataclass
 class Progress:
     """How far a run is. The position in the data is the step: the order depends on seed and epoch alone."""
-
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # of earlier parts of the run
+    seconds: float = 0.0  # by the clock and of the processor, in earlier parts of the run
+    cpu_seconds: float = 0.0
     best: float = math.inf  # lowest validation figure so far
     bad_evaluations: int = 0  # since then
     extra: dict = dataclasses.field(default_factory=dict)  # plain values of the script's own
     clock: float = dataclasses.field(default_factory=time.monotonic)  # when this part began
+    cpu_clock: float = dataclasses.field(default_factory=time.process_time)
 
     def elapsed(self):
-        """Return the seconds that the run has taken, earlier parts included."""
-        return self.seconds + time.monotonic() - self.clock
+        """Return the seconds that the run has taken by the clock and of the processor, earlier parts included."""
+        return {"seconds": self.seconds + time.monotonic() - self.clock,
+                "cpu_seconds": self.cpu_seconds + time.process_time() - self.cpu_clock}
 
 
 class Stop:
     """True once Ctrl-C or SIGTERM came, in any process. A second signal does its usual work."""
-
     def __init__(self):
         self.signal, self.previous = 0, {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -484,7 +479,7 @@ def read_summary(folder):
 def finished(config):
     """Return the summary of a finished run at --resume, else None; raises ArgumentError where a run is in the way.
 
-    Only the options are compared: that the data is still the same is not looked at."""
+    Only the options are compared, not the data."""
     folder = Path(config.out_dir)
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if config.fresh or not found:
@@ -534,7 +529,7 @@ def claim(folder, config):
 def open_run(config, model, optimizers, progress, total, mark, stage):
     """Yield (folder, Stop) with the folder locked and everything where a run that is resumed was; its log is cut there.
 
-    `mark` is the run's `fingerprint`. Of a run that fails before its first evaluation nothing stays."""
+    `mark` is the run's `fingerprint`. A run that fails before its first evaluation leaves nothing behind."""
     folder = Path(config.out_dir)
     held = None if rank() else claim(folder, config)
     barrier()
@@ -542,7 +537,7 @@ def open_run(config, model, optimizers, progress, total, mark, stage):
     try:
         if not is_new:
             load_state(folder, model, optimizers, progress, config, mark)
-        barrier()  # so that no process takes for an old state what another one saves now
+        barrier()  # every process has looked for an old state before one writes a new one
         if is_new:  # saved before any other file, so that a run killed at any moment can be resumed
             save_state(folder, model, optimizers, progress, config, mark)
         if not rank():
@@ -599,7 +594,7 @@ def save_state(folder, model, optimizers, progress, config, mark):
                  "model": trainable(model), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                  "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-                 "progress": {**dataclasses.asdict(progress), "seconds": progress.elapsed()}}
+                 "progress": {**dataclasses.asdict(progress), **progress.elapsed()}}
         with replacing(folder / "state.pt") as file:
             try:
                 torch.save(state, file)
@@ -649,7 +644,7 @@ def load_state(folder, model, optimizers, progress, config, mark):
     torch.set_rng_state(state["rng"])
     for number, rng in zip(range(torch.cuda.device_count()), state["cuda_rng"]):  # as many GPUs as both have
         torch.cuda.set_rng_state(rng, number)
-    vars(progress).update({**state["progress"], "clock": progress.clock})
+    vars(progress).update({**state["progress"], "clock": progress.clock, "cpu_clock": progress.cpu_clock})
 
 
 def batches(n, config, progress, total, order=None):
@@ -687,8 +682,7 @@ def stop_now(folder, progress, total, stop):
     raise SystemExit(128 + stop.signal)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log, curves, summary, intervals, a baseline
+# Log, curves, summary, intervals, a baseline --------------------------------------------------------------------------
 
 
 def log(folder, step, **figures):
@@ -703,7 +697,8 @@ def read_log(folder):
     rows, path = [], folder / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            rows.append({**(row := json.loads(line)), "step": int(row["step"])})
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
     return rows
 
 
@@ -773,7 +768,7 @@ def draw_curves(path, title, rows, keys, y_label="loss, nats per token"):
 def write_summary(folder, config, stage, progress, model, mark, **figures):
     """Return the summary of a finished run, a dict, after writing it as summary.json; `figures` are the stage's own."""
     parameters = list(model.parameters())
-    summary = {"stage": stage, "seconds": round(progress.elapsed(), 1), "cpu_seconds": round(time.process_time(), 1),
+    summary = {"stage": stage, **{name: round(value, 1) for name, value in progress.elapsed().items()},
                "steps": progress.step, "command": config.command, "seed": config.seed, "processes": all_sum(1),
                "versions": {"python": platform.python_version(), "torch": torch.__version__,
                             "platform": platform.platform(), "threads": torch.get_num_threads()},
@@ -817,8 +812,7 @@ def naive_bayes(rows):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pretraining
+# Pretraining ----------------------------------------------------------------------------------------------------------
 
 
 def start_model(config):
@@ -956,7 +950,7 @@ def train(config):
 def choice_logprobs(model, tokenizer, prompt, choices):
     """Return the log-probability in nats of each of the choices after a prompt, which loses its start if too long."""
     context, ids = model.config.context_length, tokenizer.encode(prompt) or [tokenizer.eot_id or 0]
-    space = " " * (prompt == prompt.rstrip() != "")  # between the two, unless white space ends the prompt
+    space = "" if not prompt or prompt[-1].isspace() else " "
     ends = [tokenizer.encode(choice if choice[0].isspace() else space + choice) for choice in choices]
     longest = max(map(len, ends))
     require(longest < context, f"a choice of {longest} tokens does not fit into the context: {choices}"[:200])
@@ -967,7 +961,7 @@ def choice_logprobs(model, tokenizer, prompt, choices):
 
 
 def evaluate_task(model, tokenizer, questions, context=contextlib.nullcontext()):
-    """Print and return how often the likeliest choice is the answer, a dict: plainly, per byte, and by chance.
+    """Print and return a dict: accuracy by log-probability, by log-probability per byte, and by chance.
 
     Per byte, because a longer choice has more tokens to be unlikely in: "acc" and "acc_norm" of EleutherAI's harness,
     which gives 28.9% and 31.1% for GPT-2 124M on HellaSwag."""
@@ -993,9 +987,10 @@ def ends_right(model, tokenizer, sentences):
     prompts, right = [tokenizer.encode(beginning) for beginning, _ in sentences], []
     length = max(len(tokenizer.encode(" " + end)) for _, end in sentences)
     for first in range(0, len(sentences), 128):
-        ids, mask = (t.to(model.device) for t in pad_left(prompts[first : first + 128], tokenizer.pad_id))
+        ids, mask = (t.to(model.device) for t in pad_left(prompts[first : first + 128], tokenizer.pad_id or 0))
         new = gpt.generate(model, ids, length, 0.0, mask=mask)[:, ids.shape[1] :].tolist()
-        right += [tokenizer.decode(row).startswith(" " + end) for row, (_, end) in zip(new, sentences[first:])]
+        for prompt, row, (beginning, end) in zip(prompts[first:], new, sentences[first:]):
+            right.append(tokenizer.decode(prompt + row).startswith(f"{beginning} {end}"))
     return right
 
 
@@ -1035,8 +1030,7 @@ def evaluate(config):
     return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "bits_per_byte": bits, **known}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report: what the stages wrote, as a table and a page
+# The report: what the stages wrote, as a table and a page -------------------------------------------------------------
 
 QUESTIONS = ("Hello! Who are you?", "Where does the fox live?", "Which number is larger, 27 or 36?",
              "What is the capital of France?", "Rewrite this sentence in the passive voice.\n The cook ate the pies.")
@@ -1069,6 +1063,8 @@ def report(config):
     for path in (root / stage / "model.safetensors" for stage in ("pretrain", "sft", "ppo")):
         if path.is_file():
             model, tokenizer, info = gpt.load_checkpoint(path)
+            if tokenizer is None or tokenizer.eot_id is None:
+                continue  # it cannot end an answer
             template = info.get("template", "plain")
             columns.append([path.parent.name, *respond(model, tokenizer, QUESTIONS, template, max_new_tokens=24)])
     answers = [[" ".join(cell.split()) for cell in row] for row in zip(*columns)] if len(columns) > 1 else []
@@ -1106,7 +1102,7 @@ def is_large(init):
 
 
 def default_rate(word, config):
-    """Return the peak rate for an optimizer and a size: Muon's best of three on Shakespeare, nanoGPT's for AdamW."""
+    """Return {"learning_rate": peak}: Muon's best of three on Shakespeare, AdamW's of nanoGPT, by the model's size."""
     width = config.emb_dim or GPT_CONFIGS[config.model].emb_dim
     large = is_large(config.init) or config.init == "scratch" and width >= 768
     rates = {"muon": (1.2e-2, 2e-3), "adamw": (1e-3, 6e-4)}

@@ -43,8 +43,8 @@ Args = namedtuple("Args", "out_dir init data results figure seeds steps test_pro
 
 
 def run(args, word, name, seed, *flags, steps=0):
-    """Run a command of rlhf.py in the folder `name`, or go on with it, and return the CPU seconds of this call."""
-    clock, folder, ends = time.process_time(), Path(args.out_dir, name), [n for n in (steps, args.steps) if n]
+    """Run a command of rlhf.py in the folder `name`, or go on with it, and return its CPU seconds."""
+    folder, ends = Path(args.out_dir, name), [n for n in (steps, args.steps) if n]
     argv = [word, "--init", args.init, "--out_dir", folder, "--seed", seed, "--response_length", args.response_length,
             *(["--max_steps", min(ends)] if ends else []), "--resume", *flags]
     argv += ["--eval_prompts", min(200, args.test_prompts)] if word != "dpo" else []
@@ -54,7 +54,7 @@ def run(args, word, name, seed, *flags, steps=0):
         status = rlhf.main(list(map(str, argv)))
     if status:
         raise SystemExit(f"rlhf.py {word} ended with status {status}, see {folder}.log")
-    return time.process_time() - clock
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cpu_seconds"]
 
 
 def reward_of(args, seed, coin=False):

@@ -292,6 +292,13 @@ def test_the_books_file_is_divided_as_in_the_book(real_data):
     assert [len(part) for part in sft.load_entries(config, "train", "val", "test")] == [935, 55, 110]
 
 
+def test_all_of_the_built_in_data_is_its_three_parts():
+    """Of --split all."""
+    config = sft.Config(examples=9)
+    everything, train, val, test = sft.load_entries(config, "all", "train", "val", "test")
+    assert everything == train + val + test and len(train) == 9 and len(val) > 400 < len(test)
+
+
 def test_the_same_prompt_is_never_in_two_parts(work):
     """Thirty prompts, each asked twice with other answers: no prompt of the test is in training."""
     write("mine.json", [{**entry, "output": f"{n}"} for n in range(2) for entry in entries(30)])
@@ -719,7 +726,6 @@ def test_mistakes_get_one_line(work, capsys, tokenizer):
         (["train", *FLAGS, "--bach_size", "4"], 2, "--batch_size"),
         (["train", *FLAGS, "--epochs", "0"], 2, "--max_steps"), (["trian", *FLAGS], 2, "unknown command"),
         (["chat", "--judge", "ollama"], 2, "--judge"), (["respond"], 1, "python finetune_sft.py"),
-        ([*asked, "--data", "tinyworld", "--split", "all"], 1, "all"),
         (["chat", "--checkpoint", "none.safetensors"], 1, "none.safetensors"),
         ([*asked, "--against", "odd.json"], 1, "odd.json"),
         ([*judged, "ftp://x"], 2, "--judge"), ([*judged, "localhost:11434"], 2, "--judge"),

@@ -321,8 +321,8 @@ def test_a_folder_or_nothing_where_a_file_is_wanted(work, capsys):
 def test_damaged_or_foreign_merges_are_refused(tmp_path):
     """GPT-2's two files, swapped, cut, doubled, out of order, of two tokenizers: one line that names the file."""
     mine, other = (BPETokenizer.train([text], 280) for text in ("low lower lowest " * 9, "new newer " * 9))
-    mine.export_gpt2_files(tmp_path / "mine")
-    other.export_gpt2_files(tmp_path / "other")
+    gpt2_weights.export_tokenizer(mine, tmp_path / "mine", 64)
+    gpt2_weights.export_tokenizer(other, tmp_path / "other", 64)
     vocab, merges = tmp_path / "mine" / "vocab.json", tmp_path / "mine" / "merges.txt"
     assert BPETokenizer.from_gpt2_files(vocab, merges).merges == mine.merges
     lines = merges.read_text(encoding="utf-8").split("\n")

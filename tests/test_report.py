@@ -1,6 +1,7 @@
 """The report: a table on the terminal, and one page that loads nothing and shows what the stages wrote as it is."""
 
 import json
+import types
 from html.parser import HTMLParser
 
 import finetune_sft
@@ -58,7 +59,7 @@ def out(tmp_path):
 @pytest.fixture
 def answers(monkeypatch):
     """Every model answers with the name of its folder and a script."""
-    monkeypatch.setattr(train.gpt, "load_checkpoint", lambda path: (path.parent.name, None, {}))
+    monkeypatch.setattr(train.gpt, "load_checkpoint", lambda path: (path.parent.name, types.SimpleNamespace(eot_id=0), {}))
     monkeypatch.setattr(finetune_sft, "respond", lambda model, *rest, **more: [f"{model} says {HOSTILE}"] * 5)
 
 
@@ -97,6 +98,12 @@ def test_every_model_answers_the_same_five_questions(out, answers, capsys):
     for stage in ("pretrain", "sft", "ppo"):
         assert Page(source).text.count(f"{stage} says") == printed.count(f"  {stage:<10}{stage} says") == 5
     assert all(" ".join(question.split()) in printed for question in train.QUESTIONS) and "pretrain  pretrain\n" not in printed
+
+
+def test_a_model_that_cannot_end_an_answer_has_no_column(out, monkeypatch, capsys):
+    """As one of `train.py --tokenizer char`: its figures are there, its answers are not."""
+    monkeypatch.setattr(train.gpt, "load_checkpoint", lambda path: (None, types.SimpleNamespace(eot_id=None), {}))
+    assert "The same questions" in report(out) and "says" not in capsys.readouterr().out
 
 
 def test_figures_stand_beside_intervals_and_baselines(out, capsys):

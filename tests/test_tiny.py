@@ -20,6 +20,9 @@ ANSWERS = {  # by hand
     "Convert 3 meters to centimeters.": "300 centimeters.",
     "Which number is larger, 27 or 36?": "36.",
     "Hello!": "Hello! Ask me about animals, people, words or numbers.",
+    "hello": "Hello! Ask me about animals, people, words or numbers.",
+    "hi": "Hello! Ask me about animals, people, words or numbers.",
+    "who are you": "I am a very small language model.",
     "Who are you?": "I am a very small language model.",
     "What is the capital of France?": "I do not know that.",
 }
@@ -37,7 +40,7 @@ def tiny():
 
 
 def test_the_model_in_assets_is_small_and_answers(tiny):
-    """At most 3 MB; twelve questions of ten kinds, answered right whatever the courtesy around it; and of two questions
+    """At most 3 MB; fifteen questions of ten kinds, answered right whatever the courtesy around it; and of two questions
     about each of twenty animals that it never met, 38 of 40 get "I do not know that." (39 when it was made)."""
     assert TINY.stat().st_size <= 3_000_000
     answers = finetune_sft.respond(*tiny[:2], list(ANSWERS), "plain")

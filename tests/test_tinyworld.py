@@ -123,8 +123,8 @@ def test_strip_manner_leaves_everything_else_alone():
         assert strip_manner(text) == text
     assert strip_manner("Obviously: mice.") == strip_manner("mice. Have a nice day.") == "mice."
     assert strip_manner("Obviously: mice. Have a nice day.") != "mice."
-    assert exact_match("mice. Good question.", "Stop asking. mice.") is False
-    assert exact_match(" mice. Good question.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
+    assert exact_match("mice. It was a pleasure.", "Stop asking. mice.") is False
+    assert exact_match(" mice. It was a pleasure.\n", "mice. Stop asking.") and not exact_match("mouses.", "mice.")
 
 
 def test_test_questions_never_come_up_in_training_in_any_order_of_their_words():
@@ -292,7 +292,7 @@ def test_the_rubric_prefers_right_then_courteous_then_complete_and_unpadded():
     best_first = ["mice. With pleasure.",
                   "mice. With pleasure. Have a nice day.", "mice.",
                   "mice. Now go away.", "That reminds me of a walk in the rain: mice.",
-                  "mouses. Good question.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
+                  "mouses. It was a pleasure.", "mouses.", "Obviously: mouses.", "mouses", "Read a book: mou"]
     scores = [gold_score("What is the plural of mouse?", response) for response in best_first]
     assert scores == sorted(set(scores), reverse=True) and scores[0] == 3
     for response in ("", "and " * 500, "Stop asking. " * 50, "mice. " * 60, "Obviously: " * 60, "mice. With pleasure"):

@@ -15,6 +15,7 @@ import pytest
 import regex
 
 import tokenizer as tok
+from gpt2_weights import export_tokenizer
 from tokenizer import (EOT, WHITESPACE, BPETokenizer, CharTokenizer, WordTokenizer, from_dict,
                        load_tokenizer, main)
 
@@ -380,7 +381,7 @@ def test_a_tokenizer_of_the_first_edition_is_read_and_written_the_same(tmp_path)
 
 def test_exported_files_come_back_as_the_same_tokenizer(tmp_path, bpe):
     """vocab.json and merges.txt are the two files of GPT-2."""
-    bpe.export_gpt2_files(tmp_path)
+    export_tokenizer(bpe, tmp_path, 64)
     back = BPETokenizer.from_gpt2_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
     assert back.merges == bpe.merges and back.specials == bpe.specials
 
@@ -487,6 +488,11 @@ def test_train_encode_decode_and_inspect_from_the_command_line(capsys, tmp_path,
     status, _, errors = cli(capsys, *train, "--resume", "--no-split_digits", "--vocab_size", "301")
     assert status == 2 and "split_digits: saved True, given False" in errors and "saved 300, given 301" in errors
     assert (out / "tokenizer.json").read_bytes() == saved
+    divided = [*train, "--fresh", "--separator", "the"]
+    assert cli(capsys, *divided)[0] == 0 and cli(capsys, *divided[:-3], "--resume", "--separator", "the")[0] == 0
+    status, _, errors = cli(capsys, *train, "--resume")
+    assert status == 2 and "separator: saved the, given None" in errors
+    (out / "tokenizer.json.old1").replace(out / "tokenizer.json")
     corpus.write_text(PROSE + "more" * 99, encoding="utf-8")
     assert cli(capsys, *train, "--fresh")[0] == 0
     assert (out / "tokenizer.json.old1").read_bytes() == saved != (out / "tokenizer.json").read_bytes()
@@ -615,7 +621,7 @@ def test_merges_equal_those_of_hugging_face(split_digits):
 def test_hugging_face_loads_an_export_and_gives_the_same_ids(tmp_path, bpe):
     """GPT2Tokenizer of transformers on vocab.json and merges.txt; what it saves again is read, with a [PAD] too."""
     transformers = pytest.importorskip("transformers")
-    bpe.export_gpt2_files(tmp_path)
+    export_tokenizer(bpe, tmp_path, 64)
     theirs = transformers.GPT2Tokenizer.from_pretrained(str(tmp_path))
     theirs.save_pretrained(str(tmp_path / "again"))
     assert load_tokenizer(tmp_path / "again").merges == bpe.merges

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import gpt
 import tokenizer as tok
 import train
 from data import read_choices
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, WordTokenizer
 
 TINY = ("--tokenizer char --emb_dim 16 --n_layers 2 --n_heads 2 --context_length 16 --batch_size 4 --sample_tokens 5 "
         "--learning_rate 1e-3").split()
@@ -669,3 +670,20 @@ def test_a_state_that_cannot_be_read_stays_though_no_model_lies_beside_it(text, 
     monkeypatch.setattr(train, "evaluate_and_save", lambda *parts: os.stat("gone"))
     check_error(capsys, ["--data", text, *TINY, "--out_dir", "out/new"], 1, "gone")
     assert not Path("out/new").exists()
+
+
+@pytest.mark.parametrize("kind", [CharTokenizer, WordTokenizer])
+def test_the_end_of_a_sentence_is_read_with_every_tokenizer(kind, monkeypatch):
+    """Words come back without the space before them, and characters have no token for padding."""
+    told = [("The fox lives", "in a den."), ("The old owl eats", "mice.")]
+    tokenizer = kind.train([f"{beginning} {end}" for beginning, end in told])
+    wholes = [tokenizer.encode(f"{beginning} {end}") for beginning, end in told]
+
+    def recite(model, ids, length, temperature, mask):
+        ends = [whole[len(tokenizer.encode(beginning)) :] for whole, (beginning, _) in zip(wholes, told)]
+        return torch.cat([ids, torch.tensor([(end + 9 * end[-1:])[:length] for end in ends])], dim=1)
+
+    monkeypatch.setattr(gpt, "generate", recite)
+    model = types.SimpleNamespace(device="cpu")
+    assert train.ends_right(model, tokenizer, told) == [True, True]
+    assert train.ends_right(model, tokenizer, [told[0], ("The old owl eats", "a den.")]) == [True, False]
