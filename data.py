@@ -1446,7 +1446,7 @@ def gold_score(prompt, response):
 
 VIEWS = {  # what makes an item of each, and how many there are by default: train, val, test
     "corpus": (_document, 8_000, 400, 400), "messages": (_message, 4_000, 500, 1_000),
-    "instructions": (_instruction, 28_000, 520, 2_000), "preferences": (_preference, 8_000, 500, 1_000)}
+    "instructions": (_instruction, 20_000, 520, 2_000), "preferences": (_preference, 8_000, 500, 1_000)}
 # Weight of each kind among training's questions, 1 where it is not listed: harder kinds get more.
 SHARES = {"fact": 4, "unknown": 3, "compare": 4, "passive": 2, "plural": 2, "convert": 3, "follow": 3, "greeting": 4}
 

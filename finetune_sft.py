@@ -56,7 +56,7 @@ MODELS = ("out/ppo/model.safetensors", "out/sft/model.safetensors",  # to talk t
 class Config(AdapterOptions):
     """The options of instruction fine-tuning."""
     data: str = option("tinyworld", "tinyworld, instructions, alpaca, or a .json or .jsonl file")
-    examples: int = option(0, "training examples, 0 = all of a file, 28,000 of tinyworld", low=0)
+    examples: int = option(0, "training examples, 0 = all of a file, 20,000 of tinyworld", low=0)
     template: str = option("", "empty = the checkpoint's, else plain (tinyworld) or alpaca", choices=("", *TEMPLATES))
     mask_prompt: bool = option(True, "train on the answers only")
     max_new_tokens: int = option(256, "of a response, at most half the context", low=1)
@@ -77,7 +77,7 @@ def default_rate(word, config):
         return {"learning_rate": 2e-4 if is_large(config.init) else 5e-3}
     if is_large(config.init):
         return {"learning_rate": 5e-5}
-    return {"learning_rate": 8e-3 if config.optimizer == "muon" else 6e-4}
+    return {"learning_rate": 8e-3 if config.optimizer == "muon" else 9e-4}
 
 
 def load_model(config, source, made_by="python finetune_sft.py"):
