@@ -13,7 +13,7 @@ VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 # A stage that was interrupted is resumed; one that is older than what it starts from is moved aside and run again.
 AGAIN = $(if $(wildcard $@),--fresh,--resume)
 
-all: $(OUT)/report.html ## every stage on the built-in data, offline: 11.5 min on 2 cores
+all: $(OUT)/report.html ## every stage on the built-in data, offline: 9.5 min on 2 cores
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ tokenizer: $(OUT)/tokenizer/tokenizer.json ## train the byte-pair tokenizer: 8 s
 $(OUT)/tokenizer/tokenizer.json: | $(VENV)
 	$(PYTHON) tokenizer.py train --out_dir $(OUT)/tokenizer $(AGAIN)
 
-pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 4 min
+pretrain: $(OUT)/pretrain/summary.json ## pretrain the tiny model: 3.5 min
 $(OUT)/pretrain/summary.json: $(OUT)/tokenizer/tokenizer.json
 	$(PYTHON) train.py train --out_dir $(OUT)/pretrain --tokenizer $(OUT)/tokenizer/tokenizer.json $(AGAIN) $(ARGS)
 
@@ -42,7 +42,7 @@ classify: $(OUT)/cls/summary.json ## classify messages as spam or not: 20 s
 $(OUT)/cls/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/cls --init $(OUT)/pretrain/model.safetensors --epochs 1 $(AGAIN) $(ARGS)
 
-sft: $(OUT)/sft/summary.json ## answer instructions: 2.5 min
+sft: $(OUT)/sft/summary.json ## answer instructions: 1.5 min
 $(OUT)/sft/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_sft.py train --out_dir $(OUT)/sft --init $(OUT)/pretrain/model.safetensors $(AGAIN) $(ARGS)
 
@@ -50,11 +50,11 @@ lora: $(OUT)/lora/summary.json ## classify them with LoRA adapters of rank 8: 0.
 $(OUT)/lora/summary.json: $(OUT)/pretrain/summary.json
 	$(PYTHON) finetune_cls.py train --out_dir $(OUT)/lora --init $(OUT)/pretrain/model.safetensors --lora_rank 8 --epochs 1 --batch_size 16 $(AGAIN) $(ARGS)
 
-rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 4 min
+rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 3 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 
-rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too (not run on this world yet)
+rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too, and all three side by side: 5 min
 	$(PYTHON) rlhf.py evaluate --checkpoint $(OUT)/ppo/model.safetensors,$(OUT)/dpo/model.safetensors,$(OUT)/grpo/model.safetensors --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors
 # The reward model must be there; rlhf-all itself writes evaluation.json anew, which makes neither of the two out of date.
 $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/sft/summary.json | $(OUT)/ppo/evaluation.json
@@ -73,7 +73,7 @@ serve: | $(VENV) ## the same in the browser, http://127.0.0.1:8000, with OpenAI'
 tiny: $(OUT)/ppo/evaluation.json ## assets/tiny.safetensors, the model to talk to before anything is trained: 1 s
 	$(PYTHON) -c "import gpt; model, tokenizer, info = gpt.load_checkpoint('$(OUT)/ppo/model.safetensors'); gpt.save_checkpoint('assets/tiny.safetensors', model.bfloat16(), tokenizer, **info)"
 
-methods: $(OUT)/sft/summary.json ## ten ways to learn from preferences in one table (not run to its end yet), goes on where it stopped
+methods: $(OUT)/sft/summary.json ## ten ways to learn from preferences, a table with three seeds: 2 hours; goes on where it stopped
 	$(PYTHON) tests/methods.py --init $(OUT)/sft/model.safetensors --out_dir $(OUT)/methods $(ARGS)
 
 # The same on real data with OpenAI's weights: downloads 550 MB (SIZE=gpt2-medium: 2 GB) into $DATA_DIR, default data/,

@@ -776,16 +776,13 @@ def pad_left(sequences, pad_id):
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tinyworld: a small consistent world, generated, seen four ways, and scored exactly. From tables of words come facts
-# and rules (plural, passive, measures), and from these the corpus, messages, instructions and preferences.
+# tinyworld: a small consistent world, scored exactly ------------------------------------------------------------------
+# From tables of words come facts and rules, and from these the corpus, messages, instructions and preferences.
 #
 # Facts: 264 of people and animals, 80 opposites, 60 synonyms. One phrasing in four of each never stands in the corpus:
-# a model that completes it knows the fact and not the sentence. Invented words ("blick") follow the rules of English:
-# who can form the plural of a word that does not exist has learned the rule and not the list.
+# a model that completes it knows the fact and not the sentence. Invented words ("blick") test a rule and not a list.
 # Held out: `split_of(key)`, a checksum and no random number, sends a key to train, val or test forever, in all views:
-# pairs of numbers, measures and sentences in any phrasing, questions about one word by word and phrasing. Some words
-# are `unseen`: tuning never asks for them, but the corpus tells their facts.
+# pairs of numbers, measures and sentences in any phrasing, questions about one word by word and phrasing.
 # One more kind of question is a row of TASKS and of ANSWERS, and a function in ASK where it is not about one word.
 
 
@@ -1224,8 +1221,7 @@ def _exchange(rng, kind, split, new_word=False):
     right = answer(prompt)
     typed = 0.4 if kind == "greeting" else 0.15 if kind in WORDS and "\n" not in prompt else 0
     if split == "train" and rng.random() < typed:
-        prompt = prompt[0].lower() + prompt[1:]
-        prompt = prompt if kind == "greeting" else prompt.rstrip("?.")  # without its mark it may be one of the test's
+        prompt = prompt[0].lower() + (prompt[1:] if kind == "greeting" else prompt[1:].rstrip("?."))
     return prompt, right
 
 
