@@ -251,7 +251,7 @@ def files_of(source):
             note_once(f"{root}: {len(found):,} text files; {others:,} files of other kinds are not read")
         return found
     require(root.is_file() and ending(root) not in (".csv", ".tsv", ".json"),
-            f'{root} holds records; for pretraining put them into a .jsonl file, a line {{"text": ...}} each')
+            f'{root} holds records: show them by --view; to pretrain, make a .jsonl file, a line {{"text": ...}} each')
     return [root]
 
 

@@ -730,7 +730,7 @@ HELP = """/new            forget what was said
 /system TEXT    tell the model who it is, and start anew; without TEXT nothing
 /model PATH     talk to another model, and start anew
 /temperature X  0 = always the likeliest token, 1 = as trained
-An empty line or Ctrl-D ends, Ctrl-C stops an answer; \\n in a line starts the input of an instruction."""
+Ctrl-D ends, at a terminal an empty line too; Ctrl-C stops an answer; \\n in a line starts an instruction's input."""
 
 
 def meet(config, path):

@@ -541,6 +541,7 @@ def get_command(args):
 
 def import_command(args):
     """Write GPT-2's weights, from a name, folder or file, as a checkpoint of ours."""
+    from data import TEMPLATES, chat_template
     path = locate_gpt2(args.source)[1]
     if Path(args.out).exists():
         raise argparse.ArgumentError(None, f"--out {args.out} exists; give another --out")
@@ -552,7 +553,10 @@ def import_command(args):
         model.config = dataclasses.replace(model.config, vocab_size=tokenizer.vocab_size)
         for layer in (model.tok_emb, model.out_head):
             layer.weight = torch.nn.Parameter(layer.weight[: tokenizer.vocab_size].detach())
-    save_checkpoint(args.out, model, tokenizer, source=args.source)
+    noted = Path(path, "tokenizer_config.json")
+    theirs = json.loads(noted.read_text(encoding="utf-8")).get("chat_template") if noted.is_file() else None
+    template = {"template": name for name in TEMPLATES if chat_template(name) == theirs}  # of an export of ours
+    save_checkpoint(args.out, model, tokenizer, source=args.source, **template)
     print(f"{args.out}: {model.config}")
 
 

@@ -545,7 +545,7 @@ def open_run(config, model, optimizers, progress, total, mark, stage):
             with replacing(folder / "metrics.jsonl") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= progress.step).encode())
         if config.warmup_steps >= total:
-            print(f"warning: --warmup_steps {config.warmup_steps} of {total}: the rate never falls", file=sys.stderr)
+            print(f"warning: --warmup_steps {config.warmup_steps} of {total}: the rate only rises", file=sys.stderr)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{stage}: {total} steps, {count:,} trainable parameters, "
               + (f"a new run in {folder}" if is_new else f"resumed at step {progress.step}"), file=sys.stderr)
@@ -1058,7 +1058,7 @@ def report(config):
                 beside = f"{other} {figures[other_key]:{form}}" if figures.get(other_key) is not None else ""
                 rows.append((stage, what, format(figures[key], form), interval, beside, f"{figures['seconds']:.0f}"))
     if len(rows) == 1:
-        raise FileNotFoundError(f"{root} holds no finished stage to report on; make them all with: make")
+        raise FileNotFoundError(f"{root} holds no folder of a finished stage; make them all with: make")
     columns = [["question", *QUESTIONS]]
     for path in (root / stage / "model.safetensors" for stage in ("pretrain", "sft", "ppo")):
         if path.is_file():

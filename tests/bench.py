@@ -16,6 +16,7 @@ result: token files and tokens equal, losses within 1e-4. Both have the same wei
 
 import argparse
 import array
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -644,8 +645,9 @@ class Side:
         return found
 
     def close(self):
-        """End the process."""
-        self.process.stdin.close()
+        """End the process, which may be gone already."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.errors.close()
 

@@ -503,15 +503,16 @@ def test_real_weights_pass_the_self_test(name, real_data, capsys):
 
 
 def test_import_makes_a_checkpoint_of_ours(small_gpt2, tmp_path, capsys):
-    """Weights and the tokenizer that lies beside them; the checkpoint then stands alone."""
+    """Weights, the tokenizer beside them and the template of our own export; the checkpoint then stands alone."""
     tokenizer = BPETokenizer.train(["low lower lowest newer wider " * 5], 262, ("<|endoftext|>", "<|pad|>"))
     config = dataclasses.replace(TINY, vocab_size=262)
     model = gpt.GPTModel(config)
-    export_gpt2(model, tmp_path / "hf", tokenizer)
+    gpt.save_checkpoint(tmp_path / "own.safetensors", model, tokenizer, template="chat")
+    assert main(["export", "--source", str(tmp_path / "own.safetensors"), "--out", str(tmp_path / "hf")]) == 0
     out = tmp_path / "out.safetensors"
     assert main(["import", "--source", str(tmp_path / "hf"), "--out", str(out)]) == 0
     loaded, again, info = gpt.load_checkpoint(out)
-    assert loaded.config == config and info["source"] == str(tmp_path / "hf")
+    assert loaded.config == config and info["source"] == str(tmp_path / "hf") and info["template"] == "chat"
     assert torch.equal(loaded(IDS), model.eval()(IDS))
     assert again.encode("lowest pad") == tokenizer.encode("lowest pad") and again.pad_id == tokenizer.pad_id == 261
     for name in ("tokenizer.json", "tokenizer_config.json"):  # as older versions of transformers wrote it
