@@ -250,8 +250,9 @@ def files_of(source):
             others = len(files) - len(found)
             note_once(f"{root}: {len(found):,} text files; {others:,} files of other kinds are not read")
         return found
-    require(root.is_file() and ending(root) not in (".csv", ".tsv", ".json"),
-            f'{root} holds records: show them by --view; to pretrain, make a .jsonl file, a line {{"text": ...}} each')
+    require(root.is_file(), f"{root} is no file of text but a pipe or a device; write its text into a file")
+    require(ending(root) not in (".csv", ".tsv", ".json"), f"{root} is no file of text but records: show them by "
+            '--view; to pretrain, make a .jsonl file, a line {"text": ...} each')
     return [root]
 
 

@@ -1153,8 +1153,7 @@ def adjust(word, config):
 
 
 TRAINED = f"{TRAINING} lora_rank lora_alpha lora_dropout lora_targets split_seed response_length temperature"
-QUIET = TRAINED.replace(" drop_rate", "").replace(" lora_dropout", "")  # probability ratios must be 1 at the start
-POLICY = (f"{QUIET} reward no_stop_penalty kl_coef kl_target kl_horizon max_approxkl ptx_coef ppo_epochs minibatches "
+POLICY = (f"{TRAINED} reward no_stop_penalty kl_coef kl_target kl_horizon max_approxkl ptx_coef ppo_epochs minibatches "
           "clip_range clip_high group eval_prompts test_prompts")
 SEEN = "data init split_seed response_length temperature seed device debug checkpoint"
 JUDGE = "test_prompts judge judge_model judge_examples"
@@ -1166,7 +1165,7 @@ COMMANDS = {
         out_dir="out/reward", epochs=1, batch_size=32, eval_every=125)),
     "ppo": Command(train_policy, f"{POLICY} vf_coef lam", defaults=dict(
         out_dir="out/ppo", max_steps=80, eval_every=40)),
-    "dpo": Command(train_dpo, f"{QUIET} loss beta label_smoothing reward test_prompts", defaults=dict(
+    "dpo": Command(train_dpo, f"{TRAINED} loss beta label_smoothing reward test_prompts", defaults=dict(
         out_dir="out/dpo", epochs=1, batch_size=32, eval_every=100)),
     "grpo": Command(train_policy, f"{POLICY} advantage", defaults=dict(
         out_dir="out/grpo", max_steps=100, eval_every=20, group=8, advantage="group")),

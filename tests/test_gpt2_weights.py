@@ -665,7 +665,7 @@ def test_the_export_command_writes_what_transformers_looks_for(tmp_path, capsys)
         (tmp_path / "run" / (beside or "summary.json")).write_text("{}")
         capsys.readouterr()
         assert main(["export", "--source", str(source), "--out", str(tmp_path / "run")]) == 2
-        assert "no earlier export; give another --out" in capsys.readouterr().err
+        assert "exists; give another --out" in capsys.readouterr().err
     assert checkpoint.read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
 
