@@ -713,7 +713,7 @@ def reward_figures(model, train_pairs, pairs, pad_id):
 
 
 def train_policy(config):
-    """Train a policy against --reward by PPO or, with advantages within a group, GRPO; return the summary."""
+    """Train a policy against --reward, by PPO or by GRPO, and return the summary."""
     stage = "ppo" if config.advantage == "gae" else "grpo"
     if config.batch_size % config.group or stage == "grpo" and config.group < 2:
         raise argparse.ArgumentError(None, f"--batch_size must be a multiple of --group {config.group}, in grpo > 1")

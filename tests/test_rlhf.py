@@ -1297,7 +1297,7 @@ def test_every_command_lists_the_flags_that_it_reads_and_no_others(capsys):
     own = {name for command in rlhf.COMMANDS.values() for name in command.flags.split()}
     own -= {field.name for field in rlhf.dataclasses.fields(train.AdapterOptions)}
     assert len(own) <= 40
-    for command, shown, absent in (("ppo", ("--clip_range ", "default 100", "default 0.0003"), ("--beta", "--ratings")),
+    for command, shown, absent in (("ppo", ("--clip_range ", "default 80", "default 0.0003"), ("--beta", "--ratings")),
                                    ("reward", ("--head", "default muon", "default 0.003"), ("--group", "--kl_coef")),
                                    ("rate", ("--ratings",), ("--batch_size", "--learning_rate"))):
         assert rlhf.main([command, "--help"]) == 0
