@@ -54,7 +54,7 @@ rlhf: $(OUT)/ppo/evaluation.json ## reward model, PPO and an evaluation: 3 min
 $(OUT)/ppo/evaluation.json: $(OUT)/sft/summary.json
 	$(PYTHON) rlhf.py all --out_dir $(OUT) --init $(OUT)/sft/model.safetensors $(AGAIN) $(ARGS)
 
-rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too, and all three side by side: 5 min
+rlhf-all: $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json ## DPO and GRPO too, and all three side by side (not run as a target)
 	$(PYTHON) rlhf.py evaluate --checkpoint $(OUT)/ppo/model.safetensors,$(OUT)/dpo/model.safetensors,$(OUT)/grpo/model.safetensors --init $(OUT)/sft/model.safetensors --reward $(OUT)/reward/model.safetensors
 # The reward model must be there; rlhf-all itself writes evaluation.json anew, which makes neither of the two out of date.
 $(OUT)/dpo/summary.json $(OUT)/grpo/summary.json: $(OUT)/%/summary.json: $(OUT)/sft/summary.json | $(OUT)/ppo/evaluation.json
@@ -73,7 +73,7 @@ serve: | $(VENV) ## the same in the browser, http://127.0.0.1:8000, with OpenAI'
 tiny: $(OUT)/ppo/evaluation.json ## assets/tiny.safetensors, the model to talk to before anything is trained: 1 s
 	$(PYTHON) -c "import gpt; model, tokenizer, info = gpt.load_checkpoint('$(OUT)/ppo/model.safetensors'); gpt.save_checkpoint('assets/tiny.safetensors', model.bfloat16(), tokenizer, **info)"
 
-methods: $(OUT)/sft/summary.json ## ten ways to learn from preferences, a table with three seeds: 2 hours; goes on where it stopped
+methods: $(OUT)/sft/summary.json ## ten ways to learn from preferences, three seeds: 2 hours, computed; goes on where it stopped
 	$(PYTHON) tests/methods.py --init $(OUT)/sft/model.safetensors --out_dir $(OUT)/methods $(ARGS)
 
 # The same on real data with OpenAI's weights: downloads 550 MB (SIZE=gpt2-medium: 2 GB) into $DATA_DIR, default data/,

@@ -259,7 +259,7 @@ def files_of(source):
 def mixed(source, separator=""):
     """Yield pieces of the sources of `a:0.3,b:0.7`, each with its share of the characters, until one runs out.
 
-    The sources take turns after about 4,000 characters, so that an end of text stands behind each piece."""
+    The sources take turns after about 4,000 characters. Each such piece counts as a document of its own."""
     parts = [re.fullmatch(r"\s*(.*?)(?::([\d.]+))?\s*", item).groups("1") for item in source.split(",")]
     streams = [itertools.chain.from_iterable(documents(name, separator)) for name, _ in parts]
     weights = [float(weight) for _, weight in parts]
@@ -402,9 +402,8 @@ def conversation(entry, place="entry"):
         require(isinstance(message, dict), f"{at}: expected an object, got {type(message).__name__}")
         role = ROLES.get(text_field(message, who, at))
         require(role, f"{at}: unknown role {message[who]!r}; one of: {', '.join(ROLES)}")
-        place_of = f"after the {before}" if before else "first"
-        require(role in FOLLOWS[before], f"{at}: the {role} speaks {place_of}, "
-                f"expected {' or '.join(FOLLOWS[before])}")
+        when, expected = f"after the {before}" if before else "first", " or ".join(FOLLOWS[before])
+        require(role in FOLLOWS[before], f"{at}: the {role} speaks {when}, expected {expected}")
         if isinstance(message.get(what), list):
             with suppress(TypeError, KeyError):  # parts of text, OpenAI's form of a content; else it stays a list
                 message = {**message, what: "".join(part["text"] for part in message[what] if part["type"] == "text")}
@@ -779,7 +778,6 @@ def pad_left(sequences, pad_id):
 
 # tinyworld: a small consistent world, scored exactly ------------------------------------------------------------------
 # From tables of words come facts and rules, and from these the corpus, messages, instructions and preferences.
-#
 # Facts: 264 of people and animals, 80 opposites, 60 synonyms. One phrasing in four of each never stands in the corpus:
 # a model that completes it knows the fact and not the sentence. Invented words ("blick") test a rule and not a list.
 # Held out: `split_of(key)`, a checksum and no random number, sends a key to train, val or test forever, in all views:
@@ -1111,8 +1109,8 @@ TINYWORLD_KINDS = (*dict.fromkeys(kind for kind, *_ in TASK_LIST), "follow")
 def line_of(prompt):
     """(kind, what is asked, slots) of the template that a prompt was made from; raises ValueError if from none."""
     text = prompt.replace("\n ", "\n")
-    forms = [capital(text) + mark for mark in (("?", ".") if text[-1:].isalnum() else ("",))]  # as people type
-    for form in (*forms, text):
+    marks = ("?", ".") if text[-1:].isalnum() else ("",)  # people leave them out, and begin with a small letter
+    for form in (*(capital(text) + mark for mark in marks), text):
         for kind, asked, pattern in TASK_LIST:
             if found := pattern.fullmatch(form):
                 return kind, asked, found.groupdict()
@@ -1220,8 +1218,8 @@ def _exchange(rng, kind, split, new_word=False):
         key, word, prompt = _draw(rng, kind)
         place = split_of(*key)
     right = answer(prompt)
-    typed = 0.4 if kind == "greeting" else 0.15 if kind in WORDS and "\n" not in prompt else 0
-    if split == "train" and rng.random() < typed:
+    is_word = kind in WORDS and "\n" not in prompt
+    if split == "train" and rng.random() < (0.4 if kind == "greeting" else 0.15 * is_word):
         prompt = prompt[0].lower() + (prompt[1:] if kind == "greeting" else prompt[1:].rstrip("?."))
     return prompt, right
 
@@ -1434,9 +1432,8 @@ def gold_score(prompt, response):
     courtesies = [phrase for phrase in phrases if PHRASES[phrase] == "courteous"]
     spare = [phrase for phrase in phrases if PHRASES[phrase] == "rambling"] + courtesies[1:]
     padding = sum(len(phrase.split()) for phrase in spare) + max(0, len(core.split()) - len(right.split()))
-    curt = "curt" in (PHRASES[phrase] for phrase in phrases)
     truth = 2.0 if core == right or core.startswith(right + " ") else 0.0
-    tone = -0.5 if curt else 1.0 if courtesies else 0.0
+    tone = -0.5 if "curt" in map(PHRASES.get, phrases) else float(len(courtesies) > 0)
     unended = 0.0 if response.strip().endswith((".", "!", "?")) else 1.0
     return round(truth + tone - min(1.0, 0.1 * padding) - unended, 2)
 

@@ -92,7 +92,8 @@ def load_model(config, source, made_by="python finetune_sft.py"):
 def load_entries(config, *parts):
     """Return a list of entries for each named part of --data: train, val, test, all."""
     if config.data == "tinyworld":
-        names, most = ("train", "val", "test") if "all" in parts else parts, {"train": config.examples or None}
+        names = ("train", "val", "test") if "all" in parts else parts
+        most = {"train": config.examples or None}
         found = {part: tinyworld("instructions", part, most.get(part)) for part in names}
         found["all"] = sum(found.values(), [])
         return [found[part] for part in parts]
@@ -448,8 +449,8 @@ def send_answer(handler, reply, fields, model, tokenizer, prompt):
     generator, choices, begun = torch.Generator(model.device), [], fields["continue_ids"]
     generator.seed() if fields["seed"] is None else generator.manual_seed(fields["seed"])
     most = fields["max_completion_tokens"] or fields["max_tokens"]
-    sampling = {"temperature": round(fields["temperature"], 6), "top_p": fields["top_p"], "generator": generator,
-                "top_k": fields["top_k"]}
+    sampling = {"temperature": round(fields["temperature"], 6), "top_p": fields["top_p"], "top_k": fields["top_k"],
+                "generator": generator}
     if fields["stream"]:
         handler.send(200, b"", "text/event-stream")
     for index in range(fields["n"]):

@@ -667,7 +667,7 @@ def explain(error):
     """Return an error as one line: cause and, where it is known, the remedy."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "alloc" in text and "memory" in text:
-        return "out of memory; give smaller numbers, as of --batch_size or --context_length, or a smaller model"
+        return "out of memory; lower --batch_size or --context_length, raise --accumulate, or take a smaller model"
     if isinstance(error, ImportError) and error.name:
         name, ours = error.name.split(".")[0], "gpt tokenizer data lora gpt2_weights train finetune_cls finetune_sft"
         remedy = f"copy {name}.py beside this file" if name in ours.split() else f"pip install --upgrade {name}"

@@ -554,7 +554,7 @@ def import_command(args):
         for layer in (model.tok_emb, model.out_head):
             layer.weight = torch.nn.Parameter(layer.weight[: tokenizer.vocab_size].detach())
     noted = Path(path, "tokenizer_config.json")
-    theirs = json.loads(noted.read_text(encoding="utf-8")).get("chat_template") if noted.is_file() else None
+    theirs = read_json(noted).get("chat_template") if tokenizer and noted.is_file() else None
     template = {"template": name for name in TEMPLATES if chat_template(name) == theirs}  # of an export of ours
     save_checkpoint(args.out, model, tokenizer, source=args.source, **template)
     print(f"{args.out}: {model.config}")

@@ -425,7 +425,7 @@ class Progress:
     cpu_clock: float = dataclasses.field(default_factory=time.process_time)
 
     def elapsed(self):
-        """Return the seconds that the run has taken by the clock and of the processor, earlier parts included."""
+        """Return {"seconds": by the clock, "cpu_seconds": of the processor} of the run, earlier parts included."""
         return {"seconds": self.seconds + time.monotonic() - self.clock,
                 "cpu_seconds": self.cpu_seconds + time.process_time() - self.cpu_clock}
 

@@ -235,6 +235,8 @@ def test_top_k_keeps_the_published_probabilities():
     assert probs[[0, 3, 7]].tolist() == pytest.approx([0.0615, 0.5775, 0.3610], abs=1e-4)
     assert probs.count_nonzero() == 3
     assert gpt.sampling_probabilities(torch.zeros(1, 5), top_k=2).tolist() == [[0.5, 0.5, 0, 0, 0]]
+    assert gpt.sampling_probabilities(NOTES_LOGITS, top_k=51)[0].tolist() == pytest.approx(
+        torch.softmax(NOTES_LOGITS[0], dim=0).tolist())  # more than there are: all stay
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_min_p_a_share_of_the_best():
@@ -800,7 +802,7 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, tmp_path):
 ENDINGS = [  # what a function raises, the exit status, and what is said
     (argparse.ArgumentError(None, "--x is\nwrong"), 2, "error: --x is wrong"), (ValueError("no"), 1, "error: no"),
     (FileNotFoundError(2, "No such file", "a"), 1, "error: a: No such file"),
-    (MemoryError(), 1, "out of memory; give smaller numbers"),
+    (MemoryError(), 1, "lower --batch_size or --context_length"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes"), 1,
      "error: out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 1, "error: out of memory"),
